@@ -1,0 +1,31 @@
+//! Builds the eBPF programs and leaves the object in `OUT_DIR`, where `source::load` includes it.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+fn main() -> Result<()> {
+    // The eBPF target needs `-Z build-std`, so its build, and only its build, runs with
+    // RUSTC_BOOTSTRAP. Set on a child of this script: on the whole workspace it would switch
+    // nightly features on in dependencies.
+    if std::env::var_os("RUSTC_BOOTSTRAP").is_none_or(|v| v != "1") {
+        let status = Command::new(std::env::current_exe()?)
+            .env("RUSTC_BOOTSTRAP", "1")
+            .status()
+            .context("could not start the eBPF build")?;
+        if !status.success() {
+            bail!("the eBPF programs were not built; `cargo xtask setup` installs what they need");
+        }
+        return Ok(());
+    }
+    let toolchain = std::env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());
+    aya_build::build_ebpf(
+        [aya_build::Package {
+            name: "whydrop-ebpf",
+            root_dir: "../agent-ebpf",
+            features: &["programs"],
+            ..Default::default()
+        }],
+        aya_build::Toolchain::Custom(&toolchain),
+    )
+}

@@ -1,0 +1,27 @@
+//! Whydrop: why does this connection hang?
+//!
+//! The modules in the order in which a dropped packet passes them:
+//!
+//! | module | turns | into |
+//! |---|---|---|
+//! | [`source`] | what the kernel counted and reported | owned [`decode::Drop`]s |
+//! | [`decode`] | bytes | packet, reason, location, verdict |
+//! | [`cluster`] | Kubernetes objects | an index: who held this address at that time |
+//! | [`mod@enrich`] | a drop and the index | a named [`event::Event`] |
+//! | [`record`] | events | counters of pairs |
+//! | [`output`] | counters and events | `/metrics`, the local API, the stream |
+//! | [`pipeline`] | all of the above | one function that reads as this table |
+//!
+//! [`cli`] holds one file a command, [`selection`] is what `tail` and the local API select by.
+
+pub mod cli;
+pub mod cluster;
+pub mod decode;
+pub mod enrich;
+pub mod event;
+pub mod output;
+pub mod pipeline;
+pub mod record;
+pub mod selection;
+pub mod source;
+pub mod state;

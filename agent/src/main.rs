@@ -1,0 +1,2 @@
+//! The `whydrop` binary.
+fn main() {}
