@@ -1,8 +1,32 @@
+//! The eBPF programs of whydrop. They only observe: no program here can change or delay a packet.
+//!
+//! | file | hook | what |
+//! |---|---|---|
+//! | `drop.rs` | `kfree_skb` | count each drop by flow, send detail |
+//! | `told.rs` | `icmp_send`, `net_dev_queue`, `neigh_event_send_done` | was the sender told? |
+//! | `packet.rs` | | find and read a packet's headers |
+//! | `conntrack.rs` | | the destination before DNAT |
+//! | `access.rs` | | the two ways to read kernel memory |
+//! | `maps.rs` | | every map and global, with its size's reason |
 #![no_std]
 #![no_main]
-//! Stub.
+#![allow(missing_docs, reason = "the program macros make public functions without their comments")]
+#![allow(unused_unsafe, reason = "`offset!` reads a static wherever it stands")]
+
+mod access;
+mod conntrack;
+mod drop;
+mod maps;
+mod packet;
+mod told;
+
+/// So that the kernel lends the helpers that only GPL-compatible programs may call.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
 #[cfg(not(test))]
 #[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }

@@ -1,1 +1,296 @@
-//! Stub.
+//! The path of a drop: decode, enrich, record, publish.
+//!
+//! Two streams come from the kernel. *Counts* are exact and carry no detail; they alone make the
+//! counters. *Events* carry detail and are limited; they alone make lines at once. What a
+//! generation counted beyond its events is said in one line a second for each flow, so that the
+//! packets of the lines add up to the counters.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use whydrop_ebpf::{DropEvent, FlowCount, FlowKey, KIND_ANSWER, OverflowKey};
+
+use crate::decode::classify::Class;
+use crate::decode::late::{Late, Settled};
+use crate::decode::{self, Decoder};
+use crate::enrich::enrich;
+use crate::event::{Event, Kind, Line, Lost, LostStage, Outcome};
+use crate::source::drain::{Drained, Totals};
+use crate::state::{State, lock};
+
+/// How often what events left out is said.
+const SAY_EVERY: Duration = Duration::from_secs(1);
+/// How often series are looked at for their end.
+const EXPIRE_EVERY: Duration = Duration::from_secs(10);
+/// Flows whose rest waits to be said; as many as two generations of the default map hold. Past it
+/// the rest is said as lost at once.
+const MAX_UNSAID: usize = 100_000;
+
+/// Reasons of packets that lost theirs: the program was already running, or no map had room.
+const MISSED: &str = "__missed__";
+
+/// Packets of a flow by what became of them.
+#[derive(Clone, Copy, Debug, Default)]
+struct Fates {
+    dropped: u64,
+    rejected: u64,
+}
+
+/// The stages with what they remember.
+#[derive(Debug)]
+pub struct Pipeline<L> {
+    state: Arc<State>,
+    decoder: Decoder<L>,
+    late: Late,
+    /// Packets that had an event of their own, for the generation that is written and the one
+    /// that is drained.
+    said: [HashMap<FlowKey, Fates>; 2],
+    unsaid: HashMap<FlowKey, (Fates, Timestamp)>,
+    totals: Totals,
+    last_said: Instant,
+    last_expired: Instant,
+}
+
+impl<L: FnMut(u64) -> Option<Arc<str>>> Pipeline<L> {
+    /// `knows_neighbours`: see [`Late::new`].
+    pub fn new(state: Arc<State>, decoder: Decoder<L>, knows_neighbours: bool) -> Self {
+        Self {
+            state,
+            decoder,
+            late: Late::new(knows_neighbours),
+            said: [HashMap::new(), HashMap::new()],
+            unsaid: HashMap::new(),
+            totals: Totals::default(),
+            last_said: Instant::now(),
+            last_expired: Instant::now(),
+        }
+    }
+
+    /// An event: decode, enrich, publish. `wall` turns boot time into the time of day.
+    pub fn event(&mut self, event: &DropEvent, wall: impl Fn(u64) -> Timestamp) {
+        let Some(drop) = self.decoder.event(event, wall) else { return };
+        let said = self.said[(event.generation & 1) as usize].entry(event.key).or_default();
+        match drop.outcome {
+            Outcome::Rejected => said.rejected += 1,
+            Outcome::Dropped | Outcome::Unanswered => said.dropped += 1,
+        }
+        let event = self.named(drop);
+        self.state.stream.publish(Arc::new(Line::Event(event)));
+    }
+
+    /// A generation's counts: settle, decode, enrich, record. All its events must have been handed
+    /// to [`Self::event`] before.
+    pub fn counts(&mut self, drained: &Drained, now: Instant) {
+        if let Some(error) = &drained.error {
+            self.state.errors.drain.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(%error, "counts may be late or incomplete");
+        }
+        self.say_rest_of(drained);
+        let settled =
+            self.late.settle(&drained.flows, drained.totals.cpu.neighbour_waits, drained.until, now);
+        for settled in settled {
+            self.record(&settled, now);
+        }
+        self.record_totals(&drained.totals, now);
+    }
+
+    /// What is due at this moment, whether or not something was dropped.
+    pub fn tick(&mut self, now: Instant) {
+        if self.late.is_waiting() {
+            let waits = self.totals.cpu.neighbour_waits;
+            for settled in self.late.settle(&[], waits, Timestamp::now(), now) {
+                self.record(&settled, now);
+            }
+        }
+        if now.duration_since(self.last_said) >= SAY_EVERY {
+            self.last_said = now;
+            self.say_unsaid();
+        }
+        if now.duration_since(self.last_expired) >= EXPIRE_EVERY {
+            self.last_expired = now;
+            let purged_at = Timestamp::now();
+            {
+                let mut index =
+                    self.state.index.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+                index.purge(purged_at);
+            }
+            let index = self.state.index();
+            lock(&self.state.record).expire(now, |namespace, pod| index.pod_exists(namespace, pod));
+        }
+    }
+
+    /// The end: everything that waits is recorded and said.
+    pub fn finish(&mut self) {
+        for settled in self.late.finish() {
+            self.record(&settled, Instant::now());
+        }
+        self.say_unsaid();
+    }
+
+    fn named(&self, drop: decode::Drop) -> Event {
+        enrich(drop, &self.state.index(), &self.state.node)
+    }
+
+    /// Counts to the pair, and to the node.
+    fn record(&mut self, settled: &Settled, now: Instant) {
+        let Settled { key, untold, told, until } = *settled;
+        let (dropped, rejected) = match self.decoder.class(&key) {
+            Class::Benign => {
+                let reason = self.label(key.reason, key.location);
+                lock(&self.state.record).add_benign(reason, untold + told);
+                return;
+            }
+            Class::Rejected => (0, untold + told),
+            Class::Silent => (untold, told),
+        };
+        for (outcome, packets) in [(Outcome::Dropped, dropped), (Outcome::Rejected, rejected)] {
+            if packets > 0 {
+                let drop = self.decoder.counted(&key, outcome, packets, until);
+                let event = self.named(drop);
+                let reason = self.label(key.reason, key.location);
+                lock(&self.state.record).add(&event, reason, now);
+            }
+        }
+    }
+
+    /// Counts that have no flow: benign by reason, past the map's room, or missed.
+    fn record_totals(&mut self, totals: &Totals, now: Instant) {
+        let before = std::mem::replace(&mut self.totals, totals.clone());
+        let mut record = lock(&self.state.record);
+        for (reason, packets) in &totals.benign {
+            let old = before.benign.iter().find(|(r, _)| r == reason).map_or(0, |(_, p)| *p);
+            if *packets > old
+                && let Some(name) = self.decoder.reason(*reason)
+            {
+                record.add_benign(name, packets - old);
+            }
+        }
+        drop(record);
+        for (key, count) in &totals.overflow {
+            let old = before.overflow.iter().find(|(k, _)| k == key).map(|(_, c)| *c);
+            let old = old.unwrap_or_default();
+            self.record_overflow(key, count.packets - old.packets, count.told - old.told, now);
+        }
+        let unplaced = totals.cpu.unplaced - before.cpu.unplaced;
+        let unplaced_told = totals.cpu.unplaced_told - before.cpu.unplaced_told;
+        let missed = missed_drops(totals) - missed_drops(&before);
+        let mut record = lock(&self.state.record);
+        for (outcome, packets) in [
+            (Outcome::Dropped, unplaced - unplaced_told + missed),
+            (Outcome::Rejected, unplaced_told),
+        ] {
+            if packets > 0 {
+                record.add_other(outcome, Kind::Packet, Arc::from(MISSED), packets, now);
+            }
+        }
+        drop(record);
+        let lost = totals.cpu.overflow - before.cpu.overflow + missed;
+        self.say_lost(lost, LostStage::Ring);
+    }
+
+    fn record_overflow(&mut self, key: &OverflowKey, packets: u64, told: u64, now: Instant) {
+        if packets == 0 {
+            return;
+        }
+        // Enough of a flow to classify it.
+        let like = FlowKey {
+            location: key.location,
+            reason: key.reason,
+            protocol: key.protocol,
+            kind: key.kind,
+            flags: key.flags,
+            ip_version: key.ip_version,
+            ..FlowKey::default()
+        };
+        let reason = self.label(key.reason, key.location);
+        let class = self.decoder.class(&like);
+        let mut record = lock(&self.state.record);
+        let (dropped, rejected) = match class {
+            Class::Benign => return record.add_benign(reason, packets),
+            Class::Rejected => (0, packets),
+            Class::Silent => (packets - told, told),
+        };
+        for (outcome, packets) in [(Outcome::Dropped, dropped), (Outcome::Rejected, rejected)] {
+            if packets > 0 {
+                record.add_other(outcome, decode::kind(key.kind), reason.clone(), packets, now);
+            }
+        }
+    }
+
+    /// The label `reason`: the kernel's name, before 5.17 the function in its place.
+    fn label(&mut self, reason: u32, location: u64) -> Arc<str> {
+        self.decoder
+            .reason(reason)
+            .or_else(|| self.decoder.location(location))
+            .unwrap_or_else(|| Arc::from(""))
+    }
+
+    /// Lays a generation's counts beside its events, and keeps what no event told of.
+    fn say_rest_of(&mut self, drained: &Drained) {
+        let mut said = std::mem::take(&mut self.said[(drained.generation & 1) as usize]);
+        let mut lost = 0;
+        for (key, count) in &drained.flows {
+            if key.kind == KIND_ANSWER {
+                continue;
+            }
+            let Some(fates) = self.fates(key, count) else { continue };
+            let said = said.remove(key).unwrap_or_default();
+            let rest = Fates {
+                dropped: fates.dropped.saturating_sub(said.dropped),
+                rejected: fates.rejected.saturating_sub(said.rejected),
+            };
+            let packets = rest.dropped + rest.rejected;
+            if packets == 0 {
+                continue;
+            }
+            if self.unsaid.len() >= MAX_UNSAID && !self.unsaid.contains_key(key) {
+                lost += packets;
+                continue;
+            }
+            let (unsaid, time) = self.unsaid.entry(*key).or_insert((Fates::default(), drained.until));
+            unsaid.dropped += rest.dropped;
+            unsaid.rejected += rest.rejected;
+            *time = drained.until;
+        }
+        self.say_lost(lost, LostStage::Queue);
+    }
+
+    /// What became of a count; `None` if it was no loss.
+    fn fates(&mut self, key: &FlowKey, count: &FlowCount) -> Option<Fates> {
+        let told = (u64::from(count.told_named) + u64::from(count.told_seen)).min(count.packets);
+        match self.decoder.class(key) {
+            Class::Benign => None,
+            Class::Rejected => Some(Fates { dropped: 0, rejected: count.packets }),
+            Class::Silent => Some(Fates { dropped: count.packets - told, rejected: told }),
+        }
+    }
+
+    fn say_unsaid(&mut self) {
+        for (key, (fates, time)) in std::mem::take(&mut self.unsaid) {
+            for (outcome, packets) in
+                [(Outcome::Dropped, fates.dropped), (Outcome::Rejected, fates.rejected)]
+            {
+                if packets > 0 {
+                    let drop = self.decoder.counted(&key, outcome, packets, time);
+                    let event = self.named(drop);
+                    self.state.stream.publish(Arc::new(Line::Event(event)));
+                }
+            }
+        }
+    }
+
+    fn say_lost(&self, lost: u64, stage: LostStage) {
+        if lost > 0 {
+            let node = self.state.node.clone();
+            self.state.stream.publish(Arc::new(Line::Lost(Lost { lost, stage, node })));
+        }
+    }
+}
+
+/// Runs of the drop program that the kernel skipped.
+pub fn missed_drops(totals: &Totals) -> u64 {
+    totals.missed.iter().filter(|(name, _)| name.starts_with("kfree_skb")).map(|(_, n)| n).sum()
+}

@@ -1,44 +1,245 @@
-//! What the pipeline writes and the HTTP servers read.
+//! What the pipeline writes and the servers read.
 
-use std::sync::{Mutex, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 
 use crate::cluster::Index;
+use crate::event::Outcome;
+use crate::output::metrics;
 use crate::output::stream::Stream;
+use crate::record::{Pair, Record};
+use crate::source::drain::Drainer;
+use crate::source::load::SourceStatus;
+
+/// How long a scrape waits for what the kernel has counted meanwhile. A drain takes 10 to 100 ms;
+/// past this the scrape answers with what is there.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Shared by the pipeline and the servers; every lock is held for one short step.
 #[derive(Debug)]
 pub struct State {
     /// The node's name.
-    pub node: std::sync::Arc<str>,
+    pub node: Arc<str>,
+    /// The kernel's release, as `uname -r` prints it.
+    pub kernel: Arc<str>,
     /// Who holds which address.
     pub index: RwLock<Index>,
     /// The last events, and everyone who follows them.
     pub stream: Stream,
+    /// The counters.
+    pub record: Mutex<Record>,
+    /// What works, and what was lost.
+    pub status: Mutex<Status>,
+    /// What went wrong, by stage.
+    pub errors: Errors,
+    /// Fetches the counts; absent until the programs are attached.
+    pub drainer: OnceLock<Drainer>,
+    /// Drops are observed.
+    pub observing: AtomicBool,
+}
+
+/// What the pipeline last saw of the kernel side.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    /// What works, and why not.
+    pub sources: Vec<SourceStatus>,
+    /// Each attached program.
+    pub programs: Vec<ProgramStatus>,
+    /// Each map that can become full.
+    pub maps: Vec<MapStatus>,
+    /// Events that the ring buffer had no room for.
+    pub ring_full: u64,
+    /// Packets that were counted without their pair, because the flow map was full.
+    pub overflow_packets: u64,
+    /// Packets that were counted without their reason, because the program was already running.
+    pub missed: u64,
+    /// Answers that found no room in the flow map.
+    pub answers_lost: u64,
+    /// Events not sent because of their flow's limit.
+    pub limited_flow: u64,
+    /// Events not sent because of the CPU's limit.
+    pub limited_cpu: u64,
+}
+
+/// An attached program.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct ProgramStatus {
+    /// As in the eBPF object.
+    pub name: String,
+    /// Runs, as the kernel counts them (only with `kernel.bpf_stats_enabled`).
+    pub runs: u64,
+    /// Seconds in it, likewise.
+    pub seconds: f64,
+}
+
+/// A kernel map that can become full.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct MapStatus {
+    /// Its name.
+    pub map: &'static str,
+    /// Keys when it was last fetched.
+    pub entries: u64,
+    /// Keys that it has room for.
+    pub capacity: u64,
+}
+
+/// Counters of what went wrong.
+#[derive(Debug, Default)]
+pub struct Errors {
+    /// Objects and files that could not be used.
+    pub objects: Arc<AtomicU64>,
+    /// Events that could not be read.
+    pub decode: AtomicU64,
+    /// Generations whose counts could not be fetched whole.
+    pub drain: AtomicU64,
+}
+
+impl Errors {
+    /// All of them, by stage.
+    pub fn counts(&self) -> [(&'static str, u64); 3] {
+        [
+            ("objects", self.objects.load(Ordering::Relaxed)),
+            ("decode", self.decode.load(Ordering::Relaxed)),
+            ("drain", self.drain.load(Ordering::Relaxed)),
+        ]
+    }
 }
 
 impl State {
-    /// The OpenMetrics text, after everything that the kernel has counted so far was fetched.
-    pub async fn metrics(&self) -> String {
-        String::new()
+    /// A state that observes nothing yet.
+    pub fn new(node: Arc<str>, record: Record) -> Self {
+        let kernel = nix::sys::utsname::uname()
+            .map(|name| Arc::from(name.release().to_string_lossy()))
+            .unwrap_or_default();
+        Self {
+            stream: Stream::new(node.clone()),
+            node,
+            kernel,
+            index: RwLock::default(),
+            record: Mutex::new(record),
+            status: Mutex::default(),
+            errors: Errors::default(),
+            drainer: OnceLock::new(),
+            observing: AtomicBool::new(false),
+        }
     }
 
-    /// The rows of `/v1/pairs`.
-    pub fn pairs(&self) -> serde_json::Value {
-        serde_json::Value::Null
+    /// The OpenMetrics text, after everything that the kernel has counted so far was fetched.
+    pub async fn metrics(self: &Arc<Self>) -> String {
+        self.flush().await;
+        metrics::encode(self)
+    }
+
+    /// The rows of `/v1/pairs`: one for each series, most packets first.
+    pub async fn pairs(&self) -> serde_json::Value {
+        self.flush().await;
+        let record = lock(&self.record);
+        let mut rows: Vec<_> = record.series().collect();
+        rows.sort_by_key(|(_, packets)| std::cmp::Reverse(*packets));
+        rows.iter()
+            .map(|(series, packets)| {
+                let mut row = serde_json::json!({
+                    "outcome": series.outcome,
+                    "kind": series.kind,
+                    "reason": &*series.reason,
+                    "packets": packets,
+                });
+                match &*series.pair {
+                    Pair::Other => row["other"] = true.into(),
+                    Pair::Ends { source, destination, service, port, protocol } => {
+                        row["source"] = serde_json::json!(source);
+                        row["destination"] = serde_json::json!(destination);
+                        if let Some((namespace, name)) = service {
+                            row["service"] = format!("{namespace}/{name}").into();
+                        }
+                        if let Some(port) = port {
+                            row["port"] = (*port).into();
+                        }
+                        if let Some(protocol) = protocol {
+                            row["protocol"] = protocol.to_string().into();
+                        }
+                    }
+                }
+                row
+            })
+            .collect()
     }
 
     /// The answer of `/v1/status`.
     pub fn status(&self) -> serde_json::Value {
-        serde_json::Value::Null
+        let index: serde_json::Map<_, _> =
+            self.index().counts().map(|(kind, n)| (kind.to_owned(), n.into())).collect();
+        let (series, node_drops) = {
+            let record = lock(&self.record);
+            let mut drops = serde_json::Map::new();
+            for (_, fate, packets) in record.node_drops() {
+                let sum = drops.entry(fate.as_str()).or_insert(0.into());
+                *sum = (sum.as_u64().unwrap_or(0) + packets).into();
+            }
+            let by_outcome = |outcome| record.series().filter(|(s, _)| s.outcome == outcome).count();
+            (
+                serde_json::json!({
+                    "silent": by_outcome(Outcome::Dropped),
+                    "rejected": by_outcome(Outcome::Rejected),
+                    "overflow_packets": record.overflow_packets(),
+                }),
+                drops,
+            )
+        };
+        let status = lock(&self.status).clone();
+        serde_json::json!({
+            "node": &*self.node,
+            "version": env!("CARGO_PKG_VERSION"),
+            "kernel": &*self.kernel,
+            "ready": self.ready().is_ok(),
+            "sources": status.sources,
+            "maps": status.maps,
+            "programs": status.programs,
+            "index": index,
+            "series": series,
+            "node_drops": node_drops,
+            "stream": {
+                "readers": self.stream.readers(),
+                "kept_lines": self.stream.kept_lines(),
+            },
+            "lost": {
+                "map": status.overflow_packets,
+                "recursion": status.missed,
+                "ring": status.ring_full,
+                "answer": status.answers_lost,
+                "queue": self.stream.lost(crate::event::LostStage::Queue),
+                "reader": self.stream.lost(crate::event::LostStage::Reader),
+            },
+            "limited": { "flow": status.limited_flow, "cpu": status.limited_cpu },
+            "errors": self.errors.counts().into_iter().collect::<std::collections::BTreeMap<_, _>>(),
+        })
     }
 
     /// `Ok` when drops are observed, else why they are not.
     pub fn ready(&self) -> Result<(), String> {
-        Ok(())
+        if self.observing.load(Ordering::Relaxed) {
+            Ok(())
+        } else {
+            Err("drops are not observed yet".to_owned())
+        }
+    }
+
+    /// The index, to read.
+    pub fn index(&self) -> RwLockReadGuard<'_, Index> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn flush(&self) {
+        if let Some(drainer) = self.drainer.get()
+            && tokio::time::timeout(FLUSH_TIMEOUT, drainer.flush()).await.is_err()
+        {
+            tracing::debug!("the counts were not fetched in time; answering with the last ones");
+        }
     }
 }
 
 /// A poisoned lock still holds usable data: the writer panicked, the reader need not.
-pub fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
 }

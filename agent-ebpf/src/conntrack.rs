@@ -1,0 +1,74 @@
+//! What a packet's conntrack entry tells: the destination before DNAT, and the real one of a reply.
+
+use whydrop_ebpf::{FlowKey, MISSING, TupleHash};
+
+use crate::access::{copy, field};
+use crate::maps::offset;
+
+/// The low bits of `skb->_nfct` are `enum ip_conntrack_info`, the rest is the entry's address
+/// (include/linux/skbuff.h, NFCT_PTRMASK).
+const INFO: u64 = 7;
+/// IP_CT_IS_REPLY (include/uapi/linux/netfilter/nf_conntrack_common.h); what is above it but not
+/// above 4 is a reply too, 7 is untracked.
+const IS_REPLY: u64 = 3;
+/// IPS_DST_NAT, same file.
+const DST_NAT: u32 = 1 << 5;
+
+/// `skb->_nfct`, 0 where the kernel has no conntrack.
+///
+/// # Safety
+/// `skb` is the tracepoint's argument.
+#[inline(always)]
+pub unsafe fn nfct<const TYPED: bool>(skb: *const u8) -> u64 {
+    if offset!(skb_nfct) == MISSING {
+        return 0;
+    }
+    unsafe { field::<u64, TYPED>(skb, offset!(skb_nfct)) }
+}
+
+/// The address of the entry, without the packet's direction.
+#[inline(always)]
+pub fn entry(nfct: u64) -> u64 {
+    nfct & !INFO
+}
+
+/// Fills in where the packet went before DNAT, if it is one of the original direction.
+#[inline(always)]
+pub fn original_destination(nfct: u64, key: &mut FlowKey) {
+    if entry(nfct) == 0 || nfct & INFO >= IS_REPLY || offset!(ct_status) == MISSING {
+        return;
+    }
+    let mut status = 0u32;
+    if unsafe { copy(&mut status, entry(nfct) + u64::from(offset!(ct_status))) }
+        && status & DST_NAT != 0
+    {
+        translated(entry(nfct), key);
+    }
+}
+
+#[inline(never)]
+fn translated(entry: u64, key: &mut FlowKey) {
+    let mut original = TupleHash::default();
+    if unsafe { copy(&mut original, entry + u64::from(offset!(ct_tuplehash))) }
+        && original.destination.address != key.destination
+    {
+        key.original_destination = original.destination.address;
+        key.original_destination_port = u16::from_be(original.destination.port_be);
+    }
+}
+
+/// The flow in its original direction as it is between DNAT and SNAT, which is how a packet looks
+/// where it is filtered: from the original source to the source of the replies.
+#[inline(always)]
+pub fn filtered_flow(entry: u64, key: &mut FlowKey) -> bool {
+    let mut tuples = [TupleHash::default(); 2];
+    if offset!(ct_tuplehash) == MISSING
+        || !unsafe { copy(&mut tuples, entry + u64::from(offset!(ct_tuplehash))) }
+    {
+        return false;
+    }
+    key.source = tuples[0].source.address;
+    key.destination = tuples[1].source.address;
+    key.destination_port = u16::from_be(tuples[1].source.port_be);
+    true
+}

@@ -1,0 +1,241 @@
+//! Every `kfree_skb`: count it by flow, and send detail while there is room for it.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::helpers::bpf_probe_read_kernel_buf;
+use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
+use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
+use aya_ebpf::maps::PerCpuHashMap;
+use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
+use aya_log_ebpf::debug;
+use whydrop_ebpf::{
+    Cpu, DropEvent, EVENTS_PER_FLOW, FLAG_LOCAL_DATAGRAM, FlowCount, FlowKey, KIND_DNS,
+    KIND_PACKET, MISSING, OverflowCount, OverflowKey, REASONS, SNAP_LEN, TOLD_NAMED, TOLD_SEEN, UNTOLD,
+};
+
+use crate::access::{copy, field};
+use crate::conntrack;
+use crate::maps::{
+    BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, offset,
+};
+use crate::packet::{self, Packet, TCP, UDP};
+use crate::told;
+
+/// `tp_btf`: `skb`, `location`, and since 5.17 `reason`.
+#[btf_tracepoint(function = "kfree_skb")]
+pub fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
+    let reason = if offset!(has_reason) != 0 { ctx.arg::<u32>(2) } else { 0 };
+    unsafe { count::<_, true>(&ctx, ctx.arg(0), ctx.arg(1), reason) };
+    0
+}
+
+/// The same where the kernel refuses `tp_btf`.
+#[raw_tracepoint(tracepoint = "kfree_skb")]
+pub fn kfree_skb_raw(ctx: RawTracePointContext) -> i32 {
+    let reason = if offset!(has_reason) != 0 { ctx.arg::<u32>(2) } else { 0 };
+    unsafe { count::<_, false>(&ctx, ctx.arg(0), ctx.arg(1), reason) };
+    0
+}
+
+#[inline(always)]
+unsafe fn count<C, const TYPED: bool>(ctx: &C, skb: *const u8, location: u64, reason: u32) {
+    let (Some(cpu), Some(control)) = (CPU.get_ptr_mut(0), CONTROL.get_ptr(0)) else {
+        return; // Element 0 always exists.
+    };
+    let (cpu, control) = unsafe { (&mut *cpu, &*control) };
+    cpu.drops += 1;
+    if is_benign(reason) {
+        if let Some(packets) = BENIGN_COUNT.get_ptr_mut(reason) {
+            unsafe { *packets += 1 };
+        }
+        return;
+    }
+
+    let mut key = FlowKey { location, reason, ..FlowKey::default() };
+    let packet = unsafe { packet::read::<TYPED>(skb, &mut key) };
+    unsafe { place::<TYPED>(skb, &mut key) };
+    let nfct = unsafe { conntrack::nfct::<TYPED>(skb) };
+    conntrack::original_destination(nfct, &mut key);
+    if key.original_destination_port == 53 && key.protocol == UDP && key.kind == KIND_PACKET {
+        key.kind = KIND_DNS; // A query that DNAT sent to another port.
+    }
+    if key.ip_version == 0 {
+        debug!(ctx, "no IP header: ethertype {:x} reason {}", packet.ethertype, reason);
+    }
+    // Nobody is told of the loss of an answer (RFC 1122, 3.2.2; RFC 9293, 3.10.7.1).
+    let told = if packet.is_answer {
+        UNTOLD
+    } else {
+        told::was_told(cpu, skb as u64, conntrack::entry(nfct), &key)
+    };
+
+    cpu.counted += 1;
+    // One map each generation; both branches end in the same lines.
+    let before = if control.generation & 1 == 0 {
+        add(&FLOWS_0, &key, told)
+    } else {
+        add(&FLOWS_1, &key, told)
+    };
+    let Some(before) = before else {
+        overflow(cpu, &key, told);
+        return;
+    };
+    if before >= EVENTS_PER_FLOW {
+        cpu.limited_flow += 1;
+        return;
+    }
+    if cpu.events_generation != control.generation {
+        cpu.events_generation = control.generation;
+        cpu.events = 0;
+    }
+    if cpu.events >= control.events_per_cpu {
+        cpu.limited_cpu += 1;
+        return;
+    }
+    cpu.events += 1;
+    if !unsafe { send::<TYPED>(skb, &key, &packet, told, control.generation) } {
+        cpu.ring_full += 1;
+    }
+}
+
+#[inline(always)]
+fn is_benign(reason: u32) -> bool {
+    let reason = reason as usize;
+    // Volatile: the compiler sees zeroes, the loader replaces them.
+    reason < REASONS && unsafe { core::ptr::read_volatile(&raw const BENIGN[reason]) } != 0
+}
+
+/// Fills in device and namespace, and whether the sender's own call fails.
+#[inline(always)]
+unsafe fn place<const TYPED: bool>(skb: *const u8, key: &mut FlowKey) {
+    unsafe {
+        let sk = field::<*const u8, TYPED>(skb, offset!(skb_sk));
+        let dev = field::<*const u8, TYPED>(skb, offset!(skb_dev));
+        let net = if !dev.is_null() {
+            key.ifindex = field::<u32, TYPED>(dev, offset!(dev_ifindex));
+            field::<*const u8, TYPED>(dev, offset!(dev_net))
+        } else if !sk.is_null() {
+            // Some drops at OUTPUT have no device yet.
+            field::<*const u8, TYPED>(sk, offset!(sock_net))
+        } else {
+            core::ptr::null()
+        };
+        if !net.is_null() {
+            key.netns = field::<u32, TYPED>(net, offset!(net_inum));
+        }
+        // A socket's packet that no device has received is on its way out. TCP and SCTP retry and
+        // do not tell their callers.
+        if !sk.is_null()
+            && key.protocol != TCP
+            && key.protocol != 132
+            && field::<u32, TYPED>(skb, offset!(skb_iif)) == 0
+        {
+            key.flags |= FLAG_LOCAL_DATAGRAM;
+        }
+    }
+}
+
+/// Adds one packet; returns how many this CPU had counted before, or `None` if there is no room.
+#[inline(always)]
+fn add(flows: &PerCpuHashMap<FlowKey, FlowCount>, key: &FlowKey, told: u8) -> Option<u64> {
+    let mut found = flows.get_ptr_mut(key);
+    if found.is_none() {
+        if flows.insert(key, one(told), BPF_NOEXIST.into()).is_ok() {
+            return Some(0);
+        }
+        // Another CPU was first, or the map is full.
+        found = flows.get_ptr_mut(key);
+    }
+    let count = unsafe { &mut *found? };
+    let before = count.packets;
+    count.packets = before + 1;
+    count.told_named += u32::from(told == TOLD_NAMED);
+    count.told_seen += u32::from(told == TOLD_SEEN);
+    Some(before)
+}
+
+/// The counts of a flow's first packet.
+#[inline(always)]
+fn one(told: u8) -> FlowCount {
+    FlowCount {
+        packets: 1,
+        told_named: u32::from(told == TOLD_NAMED),
+        told_seen: u32::from(told == TOLD_SEEN),
+    }
+}
+
+/// Counts a packet without its flow.
+#[inline(never)]
+fn overflow(cpu: &mut Cpu, key: &FlowKey, told: u8) {
+    cpu.overflow += 1;
+    let coarse = OverflowKey {
+        location: key.location,
+        reason: key.reason,
+        protocol: key.protocol,
+        kind: key.kind,
+        flags: key.flags,
+        ip_version: key.ip_version,
+    };
+    let told = u64::from(told != UNTOLD);
+    let mut found = OVERFLOW.get_ptr_mut(coarse);
+    if found.is_none() {
+        let count = OverflowCount { packets: 1, told };
+        if OVERFLOW.insert(coarse, count, BPF_NOEXIST.into()).is_ok() {
+            return;
+        }
+        found = OVERFLOW.get_ptr_mut(coarse);
+    }
+    match found {
+        Some(count) => unsafe {
+            (*count).packets += 1;
+            (*count).told += told;
+        },
+        None => {
+            cpu.unplaced += 1;
+            cpu.unplaced_told += told;
+        }
+    }
+}
+
+/// Sends one event; false if the ring buffer is full.
+#[inline(never)]
+unsafe fn send<const TYPED: bool>(
+    skb: *const u8,
+    key: &FlowKey,
+    packet: &Packet,
+    told: u8,
+    generation: u64,
+) -> bool {
+    let Some(mut entry) = EVENTS.reserve::<DropEvent>(0) else {
+        return false;
+    };
+    unsafe {
+        let event = entry.as_mut_ptr();
+        (&raw mut (*event).key).write(*key);
+        (&raw mut (*event).boot_ns).write(bpf_ktime_get_boot_ns());
+        (&raw mut (*event).generation).write(generation);
+        (&raw mut (*event).source_port).write(packet.source_port);
+        (&raw mut (*event).tcp_flags).write(packet.tcp_flags);
+        (&raw mut (*event).told).write(told);
+        (&raw mut (*event).ethertype).write(packet.ethertype);
+        let device = &mut *(&raw mut (*event).device);
+        let dev = field::<*const u8, TYPED>(skb, offset!(skb_dev));
+        if dev.is_null() || offset!(dev_name) == MISSING || !copy(device, dev as u64 + u64::from(offset!(dev_name))) {
+            *device = [0; 16];
+        }
+        // A fixed part in one read, the rest of a long packet in a second: the verifier wants
+        // constant or well-bounded lengths.
+        let snap = &mut *(&raw mut (*event).snap);
+        let mut len = packet.len;
+        if len > SNAP_LEN as u32 {
+            len = SNAP_LEN as u32;
+        }
+        if packet.address == 0 || len == 0
+            || bpf_probe_read_kernel_buf(packet.address as *const u8, &mut snap[..len as usize]).is_err()
+        {
+            len = 0;
+        }
+        (&raw mut (*event).snap_len).write(len as u16);
+    }
+    entry.submit(0);
+    true
+}

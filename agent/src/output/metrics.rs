@@ -1,0 +1,269 @@
+//! Every metric, in one place, as OpenMetrics text.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+
+use crate::event::{LostStage, Outcome};
+use crate::record::{End, Pair, Record, Series};
+use crate::state::{State, Status, lock};
+
+/// The text of a scrape; empty if it cannot be encoded, which is logged.
+pub fn encode(state: &Arc<State>) -> String {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Metrics(state.clone())));
+    let mut text = String::new();
+    if let Err(error) = prometheus_client::encoding::text::encode(&mut text, &registry) {
+        tracing::error!(%error, "cannot encode the metrics");
+    }
+    text
+}
+
+#[derive(Debug)]
+struct Metrics(Arc<State>);
+
+type Labels<'a> = Vec<(&'static str, Cow<'a, str>)>;
+
+/// What a metric is called and what it means.
+type Named = (&'static str, &'static str);
+
+fn counters<'v>(
+    encoder: &mut DescriptorEncoder<'_>,
+    (name, help): Named,
+    rows: impl IntoIterator<Item = (Labels<'v>, u64)>,
+) -> fmt::Result {
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (labels, value) in rows {
+        each(&mut metric, &labels, |m| m.encode_counter::<NoLabelSet, _, u64>(&value, None))?;
+    }
+    Ok(())
+}
+
+fn gauges<'v>(
+    encoder: &mut DescriptorEncoder<'_>,
+    (name, help): Named,
+    rows: impl IntoIterator<Item = (Labels<'v>, u64)>,
+) -> fmt::Result {
+    let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for (labels, value) in rows {
+        each(&mut metric, &labels, |m| m.encode_gauge(&value))?;
+    }
+    Ok(())
+}
+
+fn each(
+    metric: &mut MetricEncoder<'_>,
+    labels: &Labels<'_>,
+    encode: impl FnOnce(&mut MetricEncoder<'_>) -> fmt::Result,
+) -> fmt::Result {
+    if labels.is_empty() { encode(metric) } else { encode(&mut metric.encode_family(labels)?) }
+}
+
+fn one<'v>(label: &'static str, value: impl Into<Cow<'v, str>>) -> Labels<'v> {
+    vec![(label, value.into())]
+}
+
+impl Collector for Metrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let state = &*self.0;
+        drops(&mut encoder, &lock(&state.record))?;
+        losses(&mut encoder, state)?;
+        sources(&mut encoder, &lock(&state.status))?;
+        gauges(
+            &mut encoder,
+            ("whydrop_index_objects", "Kubernetes objects known, by kind"),
+            state.index().counts().map(|(kind, n)| (one("kind", kind), n as u64)),
+        )?;
+        let mut info = encoder.encode_descriptor(
+            "whydrop_build",
+            "Version of whydrop and of the kernel it runs on",
+            None,
+            MetricType::Info,
+        )?;
+        info.encode_info(&vec![
+            ("version", Cow::from(env!("CARGO_PKG_VERSION"))),
+            ("kernel", Cow::from(&*state.kernel)),
+        ])
+    }
+}
+
+/// What was dropped.
+fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Record) -> fmt::Result {
+    for (outcome, named) in [
+        (
+            Outcome::Dropped,
+            ("whydrop_silent_drops", "Packets dropped on this node without telling the sender"),
+        ),
+        (
+            Outcome::Rejected,
+            (
+                "whydrop_rejected_packets",
+                "Packets dropped on this node whose sender was told by RST, ICMP or its own call",
+            ),
+        ),
+    ] {
+        let rows = record.series().filter(|(series, _)| series.outcome == outcome);
+        counters(encoder, named, rows.map(|(series, packets)| (pair_labels(series), packets)))?;
+    }
+    counters(
+        encoder,
+        (
+            "whydrop_node_drops",
+            "Every packet that the kernel's kfree_skb tracepoint reported on this node",
+        ),
+        record.node_drops().map(|(reason, fate, packets)| {
+            (vec![("reason", reason.into()), ("outcome", fate.as_str().into())], packets)
+        }),
+    )?;
+    gauges(
+        encoder,
+        ("whydrop_series", "Series of pairs"),
+        [(Vec::new(), record.series().count() as u64)],
+    )?;
+    counters(
+        encoder,
+        (
+            "whydrop_series_overflow",
+            "Packets counted under __other__ because --max-series was reached",
+        ),
+        [(Vec::new(), record.overflow_packets())],
+    )?;
+    counters(
+        encoder,
+        (
+            "whydrop_series_expired_packets",
+            "Packets of series that went away with their pods: what the sum of the series lacks \
+             to whydrop_node_drops_total",
+        ),
+        [Outcome::Dropped, Outcome::Rejected].map(|outcome| {
+            (one("outcome", outcome.as_str()), record.expired_packets(outcome))
+        }),
+    )
+}
+
+/// What is missing from detail, and what went wrong.
+fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
+    let status = lock(&state.status);
+    let lost = [
+        ("map", status.overflow_packets),
+        ("recursion", status.missed),
+        ("ring", status.ring_full),
+        ("answer", status.answers_lost),
+        ("queue", state.stream.lost(LostStage::Queue)),
+        ("reader", state.stream.lost(LostStage::Reader)),
+    ];
+    counters(
+        encoder,
+        (
+            "whydrop_events_lost",
+            "What was not kept in detail: map (packets counted without their pair), recursion \
+             (packets counted without their reason), ring and queue (events whose packets are \
+             counted), answer (answers that could not be laid to a late drop), reader (packets \
+             in lines that a slow reader of the stream did not get)",
+        ),
+        lost.into_iter().map(|(stage, n)| (one("stage", stage), n)),
+    )?;
+    counters(
+        encoder,
+        (
+            "whydrop_events_limited",
+            "Packets without an event of their own because of the limit of their flow or CPU; they \
+             are counted, and the stream adds them up in a line a second",
+        ),
+        [("flow", status.limited_flow), ("cpu", status.limited_cpu)]
+            .map(|(limit, n)| (one("limit", limit), n)),
+    )?;
+    counters(
+        encoder,
+        ("whydrop_errors", "What could not be read or done, by stage"),
+        state.errors.counts().map(|(stage, n)| (one("stage", stage), n)),
+    )
+}
+
+/// What works, and what it costs.
+fn sources(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
+    gauges(
+        encoder,
+        ("whydrop_source_up", "1 if this source of observations works"),
+        status.sources.iter().map(|s| (one("source", s.source), u64::from(s.up))),
+    )?;
+    counters(
+        encoder,
+        ("whydrop_bpf_runs", "Runs of each eBPF program (0 unless kernel.bpf_stats_enabled is 1)"),
+        status.programs.iter().map(|p| (one("program", &*p.name), p.runs)),
+    )?;
+    let mut seconds = encoder.encode_descriptor(
+        "whydrop_bpf_run_seconds",
+        "Time spent in each eBPF program (0 unless kernel.bpf_stats_enabled is 1)",
+        None,
+        MetricType::Counter,
+    )?;
+    for program in &status.programs {
+        each(&mut seconds, &one("program", &*program.name), |m| {
+            m.encode_counter::<NoLabelSet, _, u64>(&program.seconds, None)
+        })?;
+    }
+    gauges(
+        encoder,
+        ("whydrop_map_entries", "Keys in a kernel map when it was last fetched"),
+        status.maps.iter().map(|m| (one("map", m.map), m.entries)),
+    )?;
+    gauges(
+        encoder,
+        ("whydrop_map_capacity", "Keys that a kernel map has room for"),
+        status.maps.iter().map(|m| (one("map", m.map), m.capacity)),
+    )
+}
+
+/// The labels of CONTRACT in its order; empty where not known, `__other__` past the limits.
+fn pair_labels(series: &Series) -> Labels<'_> {
+    let mut labels: Labels<'_> = Vec::with_capacity(15);
+    match &*series.pair {
+        Pair::Other => labels.extend(PAIR_LABELS.map(|name| (name, Cow::from("__other__")))),
+        Pair::Ends { source, destination, service, port, protocol } => {
+            let ends = [source, destination].into_iter().flat_map(|end: &End| {
+                [
+                    Cow::from(end.kind.map_or("", |kind| kind.as_str())),
+                    text(&end.namespace),
+                    text(&end.pod),
+                    text(&end.workload),
+                    text(&end.node),
+                ]
+            });
+            let rest = [
+                service.as_ref().map_or(Cow::from(""), |(ns, name)| format!("{ns}/{name}").into()),
+                port.map_or(Cow::from(""), |port| port.to_string().into()),
+                protocol.map_or(Cow::from(""), |protocol| protocol.to_string().into()),
+            ];
+            labels.extend(PAIR_LABELS.into_iter().zip(ends.chain(rest)));
+        }
+    }
+    labels.push(("kind", series.kind.as_str().into()));
+    labels.push(("reason", (&*series.reason).into()));
+    labels
+}
+
+fn text(value: &Option<Arc<str>>) -> Cow<'_, str> {
+    Cow::from(value.as_deref().unwrap_or(""))
+}
+
+const PAIR_LABELS: [&str; 13] = [
+    "source_kind",
+    "source_namespace",
+    "source_pod",
+    "source_workload",
+    "source_node",
+    "destination_kind",
+    "destination_namespace",
+    "destination_pod",
+    "destination_workload",
+    "destination_node",
+    "destination_service",
+    "destination_port",
+    "protocol",
+];

@@ -1,0 +1,95 @@
+//! The ring buffer as a stream of owned events.
+
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use aya::maps::{MapData, RingBuf};
+use jiff::{SignedDuration, Timestamp};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use whydrop_ebpf::DropEvent;
+
+use super::sys;
+
+/// Detail of drops, as the programs send it.
+#[derive(Debug)]
+pub struct Events {
+    ring: AsyncFd<RingBuf<MapData>>,
+    /// Entries of another size than an event's.
+    pub malformed: u64,
+}
+
+impl Events {
+    /// Registers the buffer with the runtime; must be called inside it.
+    pub fn new(ring: RingBuf<MapData>) -> Result<Self> {
+        let ring = AsyncFd::with_interest(ring, Interest::READABLE)
+            .context("cannot wait for the ring buffer")?;
+        Ok(Self { ring, malformed: 0 })
+    }
+
+    /// Waits until there is something to read.
+    pub async fn ready(&mut self) -> Result<()> {
+        let mut guard = self.ring.readable_mut().await.context("cannot wait for the ring buffer")?;
+        guard.clear_ready();
+        Ok(())
+    }
+
+    /// The next event, if there is one.
+    pub fn next(&mut self) -> Option<DropEvent> {
+        while let Some(item) = self.ring.get_mut().next() {
+            match sys::read::<DropEvent>(&item) {
+                Some(event) => return Some(event),
+                None => self.malformed += 1,
+            }
+        }
+        None
+    }
+}
+
+/// Turns the kernel's boot time into the time of day. Taken anew for each batch, so that a clock
+/// that is set meanwhile is right from then on.
+#[derive(Clone, Copy, Debug)]
+pub struct WallClock {
+    now: Timestamp,
+    boot_ns: u64,
+    taken: Instant,
+}
+
+impl WallClock {
+    /// Reads both clocks.
+    pub fn now() -> Self {
+        let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
+            .map(std::time::Duration::from)
+            .unwrap_or_default();
+        Self {
+            now: Timestamp::now(),
+            boot_ns: u64::try_from(boot.as_nanos()).unwrap_or(u64::MAX),
+            taken: Instant::now(),
+        }
+    }
+
+    /// The time of day at a boot time; now, if the result is no time.
+    pub fn at(&self, boot_ns: u64) -> Timestamp {
+        let ago = i128::from(self.boot_ns) - i128::from(boot_ns);
+        let ago = SignedDuration::from_nanos_i128(ago);
+        self.now.checked_sub(ago).unwrap_or(self.now)
+    }
+
+    /// Whether it is older than a second.
+    pub fn is_old(&self) -> bool {
+        self.taken.elapsed().as_secs() >= 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn boot_time_becomes_the_time_of_day() {
+        let clock = WallClock::now();
+        let second = clock.at(clock.boot_ns - 1_000_000_000);
+        assert_eq!(clock.now.as_nanosecond() - second.as_nanosecond(), 1_000_000_000);
+        assert!(clock.at(0) < clock.now);
+    }
+}

@@ -1,0 +1,94 @@
+//! From an address in the kernel to the function that it is in.
+
+use std::sync::Arc;
+
+/// The kernel's functions, sorted by address.
+///
+/// Some 60,000 functions: names are kept in one string (1.5 MB), with their offsets beside.
+#[derive(Debug, Default)]
+pub struct Symbols {
+    starts: Vec<(u64, u32)>,
+    names: String,
+}
+
+impl Symbols {
+    /// Reads `/proc/kallsyms`; empty where the kernel shows no addresses (`kptr_restrict`, or
+    /// neither CAP_SYSLOG nor `perf_event_paranoid` allow it): locations are then absent.
+    pub fn read() -> Self {
+        match std::fs::read_to_string("/proc/kallsyms") {
+            Ok(text) => Self::parse(&text),
+            Err(error) => {
+                tracing::warn!(%error, "cannot read /proc/kallsyms: drops will have no location");
+                Self::default()
+            }
+        }
+    }
+
+    /// Parses lines of `address type name [module]`; keeps functions, skips what it cannot read.
+    pub fn parse(text: &str) -> Self {
+        let mut starts = Vec::new();
+        let mut names = String::new();
+        for line in text.lines() {
+            let mut words = line.split_ascii_whitespace();
+            let (Some(address), Some(kind), Some(name)) = (words.next(), words.next(), words.next())
+            else {
+                continue;
+            };
+            let Ok(address) = u64::from_str_radix(address, 16) else { continue };
+            if address == 0 || !matches!(kind, "t" | "T" | "w" | "W") {
+                continue;
+            }
+            let Ok(at) = u32::try_from(names.len()) else { break };
+            starts.push((address, at));
+            // Compilers split functions into `name.part.0`, `name.cold`; a person looks for `name`.
+            names.push_str(name.split('.').next().unwrap_or(name));
+            names.push('\n');
+        }
+        starts.sort_by_key(|(address, _)| *address);
+        starts.shrink_to_fit();
+        names.shrink_to_fit();
+        Self { starts, names }
+    }
+
+    /// The function that holds the call which returns to `address`.
+    pub fn name(&self, address: u64) -> Option<Arc<str>> {
+        // A return address may already be the next function's first.
+        let after = self.starts.partition_point(|(start, _)| *start < address);
+        let (_, at) = self.starts.get(after.checked_sub(1)?)?;
+        let name = self.names.get(*at as usize..)?.split('\n').next()?;
+        Some(Arc::from(name))
+    }
+
+    /// Whether any address is known.
+    pub fn is_empty(&self) -> bool {
+        self.starts.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "ffffffff81000000 T _stext\nffffffff81000100 t nft_do_chain.cold\n\
+                        ffffffff81000200 d data\nffffffff81000300 T ip_error\nbroken\n\
+                        ffffffffc0000000 t in_module\t[mod]\n";
+
+    #[test]
+    fn names_the_function_that_called() {
+        let symbols = Symbols::parse(TEXT);
+        let name = |address| symbols.name(address).map(|n| n.to_string());
+        assert_eq!(name(0xffff_ffff_8100_0150).as_deref(), Some("nft_do_chain"));
+        // The return address of a call at the very end of nft_do_chain.
+        assert_eq!(name(0xffff_ffff_8100_0300).as_deref(), Some("nft_do_chain"));
+        assert_eq!(name(0xffff_ffff_8100_0301).as_deref(), Some("ip_error"));
+        assert_eq!(name(0xffff_ffff_c000_0010).as_deref(), Some("in_module"));
+        assert_eq!(name(0x1000), None);
+    }
+
+    #[test]
+    fn hidden_addresses_give_no_names() {
+        let symbols = Symbols::parse("0000000000000000 T _stext\n0000000000000000 t a\n");
+        assert!(symbols.is_empty());
+        assert_eq!(symbols.name(0xffff_ffff_8100_0000), None);
+    }
+}
