@@ -17,6 +17,15 @@ pub struct State {
 }
 
 impl State {
+    /// The state of an agent that has seen nothing yet.
+    pub fn new(node: std::sync::Arc<str>) -> Self {
+        Self {
+            index: RwLock::default(),
+            stream: Stream::new(std::sync::Arc::clone(&node)),
+            node,
+        }
+    }
+
     /// The OpenMetrics text, after everything that the kernel has counted so far was fetched.
     pub async fn metrics(&self) -> String {
         String::new()
