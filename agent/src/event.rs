@@ -363,3 +363,15 @@ pub enum Line {
     /// An event.
     Event(Event),
 }
+
+/// The example event that tests of other modules vary.
+#[cfg(test)]
+#[allow(
+    clippy::unwrap_used,
+    reason = "a fixture that does not parse fails its test"
+)]
+pub(crate) mod testing {
+    pub fn event() -> super::Event {
+        serde_json::from_str(include_str!("../tests/fixtures/event.json")).unwrap()
+    }
+}

@@ -40,10 +40,9 @@ struct Fates {
 }
 
 /// The stages with what they remember.
-#[derive(Debug)]
-pub struct Pipeline<L> {
+pub struct Pipeline {
     state: Arc<State>,
-    decoder: Decoder<L>,
+    decoder: Decoder,
     late: Late,
     /// Packets that had an event of their own, for the generation that is written and the one
     /// that is drained.
@@ -54,9 +53,9 @@ pub struct Pipeline<L> {
     last_expired: Instant,
 }
 
-impl<L: FnMut(u64) -> Option<Arc<str>>> Pipeline<L> {
+impl Pipeline {
     /// `knows_neighbours`: see [`Late::new`].
-    pub fn new(state: Arc<State>, decoder: Decoder<L>, knows_neighbours: bool) -> Self {
+    pub fn new(state: Arc<State>, decoder: Decoder, knows_neighbours: bool) -> Self {
         Self {
             state,
             decoder,
@@ -292,5 +291,5 @@ impl<L: FnMut(u64) -> Option<Arc<str>>> Pipeline<L> {
 
 /// Runs of the drop program that the kernel skipped.
 pub fn missed_drops(totals: &Totals) -> u64 {
-    totals.missed.iter().filter(|(name, _)| name.starts_with("kfree_skb")).map(|(_, n)| n).sum()
+    totals.programs.iter().filter(|p| p.name.starts_with("kfree_skb")).map(|p| p.missed).sum()
 }

@@ -107,7 +107,7 @@ impl Errors {
 }
 
 impl State {
-    /// A state that observes nothing yet.
+    /// The state of an agent that has seen nothing yet.
     pub fn new(node: Arc<str>, record: Record) -> Self {
         let kernel = nix::sys::utsname::uname()
             .map(|name| Arc::from(name.release().to_string_lossy()))

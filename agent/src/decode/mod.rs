@@ -84,19 +84,20 @@ impl Names {
     }
 }
 
+/// From an address in the kernel to the function that it is in; asked once for each address.
+pub type Locate = Box<dyn FnMut(u64) -> Option<Arc<str>> + Send>;
+
 /// Decodes counts and events; remembers names of places and devices.
-#[derive(Debug)]
-pub struct Decoder<L> {
+pub struct Decoder {
     names: Names,
-    /// From an address to its function.
-    locate: L,
+    locate: Locate,
     locations: HashMap<u64, Option<Arc<str>>>,
     interfaces: HashMap<(u32, u32), Arc<str>>,
 }
 
-impl<L: FnMut(u64) -> Option<Arc<str>>> Decoder<L> {
-    /// `locate` names the function that an address is in; it is asked once for each address.
-    pub fn new(names: Names, locate: L) -> Self {
+impl Decoder {
+    /// A decoder that has seen nothing yet.
+    pub fn new(names: Names, locate: Locate) -> Self {
         Self { names, locate, locations: HashMap::new(), interfaces: HashMap::new() }
     }
 
@@ -231,13 +232,16 @@ mod tests {
 
     use super::*;
 
-    fn decoder() -> Decoder<impl FnMut(u64) -> Option<Arc<str>>> {
+    fn decoder() -> Decoder {
         let reasons = [(2, "NOT_SPECIFIED"), (12, "NETFILTER_DROP"), (3, "NO_SOCKET")];
         let names = Names {
             reasons: reasons.into_iter().map(|(n, s)| (n, Arc::from(s))).collect(),
             has_reasons: true,
         };
-        Decoder::new(names, |address| (address == 1).then(|| Arc::from("nft_do_chain")))
+        Decoder::new(
+            names,
+            Box::new(|address| (address == 1).then(|| Arc::from("nft_do_chain"))),
+        )
     }
 
     fn event() -> DropEvent {

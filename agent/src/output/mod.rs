@@ -1,2 +1,13 @@
-//! Stub.
+//! Where events and counters leave the agent.
+//!
+//! | module | is |
+//! |---|---|
+//! | [`stream`] | the last lines, and everyone who follows them |
+//! | [`query`] | what a reader of `/v1/drops` asks for |
+//! | [`http`] | `/metrics` over TCP, the local API over the unix socket |
+//! | [`socket`] | a unix socket that only one agent owns |
+
+pub mod http;
+pub mod query;
+pub mod socket;
 pub mod stream;

@@ -5,7 +5,7 @@ use anyhow::{Result, bail};
 use whydrop_ebpf::{Cpu, FlowCount, FlowKey, OverflowCount, OverflowKey, REASONS};
 
 /// Places in the kernel that free packets, times their reasons, protocols and kinds.
-const OVERFLOW_ENTRIES: u32 = 1024;
+pub const OVERFLOW_ENTRIES: u32 = 1024;
 /// What the kernel keeps for an element of a preallocated per-CPU hash beside key and value:
 /// `struct htab_elem` (48 bytes) and a pointer to the per-CPU value (kernel/bpf/hashtab.c, 6.18).
 const HASH_ELEMENT_BYTES: u64 = 48 + 8;

@@ -32,8 +32,21 @@ pub struct Totals {
     pub benign: Vec<(u32, u64)>,
     /// Packets without a flow.
     pub overflow: Vec<(OverflowKey, OverflowCount)>,
-    /// Runs that the kernel skipped because the program was already running on that CPU, by name.
-    pub missed: Vec<(String, u64)>,
+    /// What the kernel says of each program.
+    pub programs: Vec<ProgramTotals>,
+}
+
+/// What the kernel says of a program.
+#[derive(Clone, Debug, Default)]
+pub struct ProgramTotals {
+    /// As in the eBPF object.
+    pub name: String,
+    /// Runs that it skipped because the program was already running on that CPU (Linux 5.12 on).
+    pub missed: u64,
+    /// Runs, where `kernel.bpf_stats_enabled` is 1.
+    pub runs: u64,
+    /// Nanoseconds in it, likewise.
+    pub run_ns: u64,
 }
 
 /// One generation's counts.
@@ -225,13 +238,19 @@ impl State {
                 sum.told += count.told;
             }
         }
-        let missed = self
+        let programs = self
             .programs
             .iter()
-            .filter_map(|(name, fd)| {
-                Some((name.clone(), load::fd_info(fd, "recursion_misses")?))
+            .map(|(name, fd)| {
+                let field = |field| load::fd_info(fd, field).unwrap_or(0);
+                ProgramTotals {
+                    name: name.clone(),
+                    missed: field("recursion_misses"),
+                    runs: field("run_cnt"),
+                    run_ns: field("run_time_ns"),
+                }
             })
             .collect();
-        Totals { cpu: self.cpu(), benign, overflow: overflow.into_iter().collect(), missed }
+        Totals { cpu: self.cpu(), benign, overflow: overflow.into_iter().collect(), programs }
     }
 }

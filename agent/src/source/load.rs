@@ -62,6 +62,8 @@ const HOOKS: [Hook; 4] = [
 pub const DROPS: &str = "drops";
 /// The source that names the Service of a packet that DNAT changed.
 pub const SERVICES: &str = "conntrack_destination";
+/// The kernel's own names of why it dropped.
+pub const REASONS_SOURCE: &str = "reasons";
 
 /// Whether a source works, and what is lost if not.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -111,6 +113,8 @@ pub struct Loaded {
     pub sources: Vec<SourceStatus>,
     /// The kernel's names of drop reasons.
     pub reasons: HashMap<u32, Arc<str>>,
+    /// Whether the tracepoint passes a reason.
+    pub has_reasons: bool,
     /// Sizes of the maps.
     pub budget: Budget,
     /// File descriptors of the attached programs, by name.
@@ -171,6 +175,16 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
         lost: (!has_conntrack).then_some("the Service that a packet was sent to is not named"),
     });
 
+    let has_reasons = offsets.has_reason == 1;
+    sources.push(SourceStatus {
+        source: REASONS_SOURCE,
+        up: has_reasons,
+        hook: has_reasons.then(|| format!("{} names from BTF", types.reasons.len())),
+        why: (!has_reasons)
+            .then(|| "this kernel's kfree_skb passes no reason (Linux before 5.17)".to_owned()),
+        lost: (!has_reasons).then_some("drops are told apart by the function that dropped them"),
+    });
+
     let take = |ebpf: &mut Ebpf, name: &str| {
         ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
     };
@@ -186,7 +200,16 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
         cpu: PerCpuArray::try_from(take(&mut ebpf, "CPU")?)?,
     };
     let events = RingBuf::try_from(take(&mut ebpf, "EVENTS")?)?;
-    Ok(Loaded { ebpf, maps, events, sources, reasons: types.reasons, budget, programs })
+    Ok(Loaded {
+        ebpf,
+        maps,
+        events,
+        sources,
+        reasons: types.reasons,
+        has_reasons,
+        budget,
+        programs,
+    })
 }
 
 /// The object with globals and map sizes set; its programs are not loaded yet.

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use super::load::SourceStatus;
+
 /// The kernel's functions, sorted by address.
 ///
 /// Some 60,000 functions: names are kept in one string (1.5 MB), with their offsets beside.
@@ -63,6 +65,63 @@ impl Symbols {
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()
     }
+}
+
+/// Names addresses, and reads the kernel's symbols again when modules have come or gone.
+#[derive(Debug)]
+pub struct Locator {
+    symbols: Symbols,
+    modules: String,
+}
+
+impl Locator {
+    /// Reads the symbols.
+    pub fn new() -> Self {
+        Self { symbols: Symbols::read(), modules: modules() }
+    }
+
+    /// Whether drops will have a location.
+    pub fn status(&self) -> SourceStatus {
+        let up = !self.symbols.is_empty();
+        SourceStatus {
+            source: "locations",
+            up,
+            hook: up.then(|| "/proc/kallsyms".to_owned()),
+            why: (!up).then(|| {
+                "/proc/kallsyms shows no addresses: needed is CAP_SYSLOG, or kernel.kptr_restrict=0"
+                    .to_owned()
+            }),
+            lost: (!up).then_some(
+                "drops have no location, and some that are no loss cannot be told from real ones",
+            ),
+        }
+    }
+
+    /// The function that holds the call which returns to `address`.
+    pub fn name(&mut self, address: u64) -> Option<Arc<str>> {
+        // An address of a module that came later would be taken for the function before it.
+        let modules = modules();
+        if modules != self.modules {
+            *self = Self { symbols: Symbols::read(), modules };
+        }
+        self.symbols.name(address)
+    }
+}
+
+impl Default for Locator {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn modules() -> String {
+    // Name and address; without modules there is no such file.
+    let text = std::fs::read_to_string("/proc/modules").unwrap_or_default();
+    let parts = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        Some(format!("{} {};", words.next()?, words.nth(4)?))
+    };
+    text.lines().filter_map(parts).collect()
 }
 
 #[cfg(test)]

@@ -1,0 +1,277 @@
+//! `whydrop agent`: the node agent. It wires the edges to the pipeline and owns their lifetimes.
+//!
+//! ```text
+//! drain thread ──counts (bounded)──┐
+//! ring buffer ──────events─────────┴─► pipeline task ─► State ◄── HTTP servers (one task each)
+//! objects thread ──changes (bounded)──────────────────► index
+//! ```
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use crate::cli::config::{AgentArgs, Labels};
+use crate::cluster::files::{self, Files};
+use crate::decode::classify::is_always_benign;
+use crate::decode::{Decoder, Names};
+use crate::output::http;
+use crate::output::socket::LocalSocket;
+use crate::pipeline::{Pipeline, missed_drops};
+use crate::record::{Detail, Record};
+use crate::source::drain::{Drained, Drainer, Totals};
+use crate::source::events::{Events, WallClock};
+use crate::source::load::{self, Loaded};
+use crate::source::symbols::Locator;
+use crate::state::{MapStatus, ProgramStatus, State, lock};
+
+/// Generations that wait for the pipeline. The drain thread blocks at the third, and the kernel map
+/// keeps counting meanwhile: nothing is lost by a slow pipeline.
+const DRAINED_QUEUE: usize = 2;
+/// What is due without a drop: held counts, lines of a second, series that expire.
+const TICK: Duration = Duration::from_millis(250);
+/// Events read before counts get their turn, so that a flood of one does not starve the other.
+const EVENTS_AT_ONCE: usize = 4096;
+/// A process that is told to end has done so within 2 s.
+const END_TIMEOUT: Duration = Duration::from_millis(1_500);
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What keeps the agent from starting, and what to do.
+pub fn run(args: AgentArgs) -> Result<ExitCode> {
+    // Two: a scrape that encodes 10,000 series must not hold up the reading of events.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    let result = runtime.block_on(serve(args));
+    // A client that does not read must not keep the process.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+async fn serve(args: AgentArgs) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let detail = match args.labels {
+        Labels::Pod => Detail::Pod,
+        Labels::Workload => Detail::Workload,
+        Labels::Namespace => Detail::Namespace,
+    };
+    let max_series = usize::try_from(args.max_series).unwrap_or(usize::MAX);
+    let record = Record::new(detail, max_series, args.series_ttl);
+    let state = Arc::new(State::new(args.node_name()?.into(), record));
+    let (stop, stopped) = watch::channel(false);
+
+    // What another agent may hold comes first, so that a second one is refused whole.
+    let socket = LocalSocket::bind(&args.socket)?;
+    let listener = http::listen(args.listen).await?;
+    let (objects, _) = Files::open(&args.objects, state.errors.objects.clone())?;
+    write_index(&state, |index| index.load(objects.objects().cloned(), Timestamp::now()));
+
+    let log = tracing::enabled!(target: "whydrop_programs", tracing::Level::DEBUG);
+    let map_memory_bytes = args.map_memory.bytes();
+    let loaded = tokio::task::spawn_blocking(move || load::load(map_memory_bytes, log))
+        .await
+        .context("loading the programs failed")??;
+    let (observer, ebpf) = Observer::start(&state, loaded, log)?;
+    let servers = [
+        tokio::spawn(http::serve_metrics(listener, state.clone(), stopped.clone())),
+        tokio::spawn(http::serve_local(socket, state.clone(), stopped.clone())),
+    ];
+    let reload = tokio::spawn({
+        let (state, mut stopped) = (state.clone(), stopped.clone());
+        async move {
+            let apply = |changes: Vec<_>| {
+                let now = Timestamp::now();
+                for change in changes {
+                    write_index(&state, |index| index.apply(change, now));
+                }
+            };
+            let stopped = async move { drop(stopped.wait_for(|stop| *stop).await) };
+            if let Err(error) = files::run(objects, apply, stopped).await {
+                tracing::error!(%error, "changes of --objects are no longer seen");
+            }
+        }
+    });
+    let mut observing = tokio::spawn(observer.run());
+    tracing::info!(
+        node = %state.node, listen = %args.listen, socket = %args.socket.display(),
+        "observing drops"
+    );
+
+    let mut ended = None;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+        result = &mut observing => ended = Some(result),
+    }
+    tracing::info!("ending");
+    if let Some(result) = ended {
+        // Without the pipeline there is nothing left to be an agent for.
+        result.context("the pipeline died")??;
+        anyhow::bail!("the drain thread ended by itself");
+    }
+    if let Some(drainer) = state.drainer.get() {
+        drainer.stop();
+    }
+    if tokio::time::timeout(END_TIMEOUT, observing).await.is_err() {
+        tracing::warn!("the last counts could not be fetched in time");
+    }
+    state.observing.store(false, Ordering::Relaxed);
+    stop.send_replace(true);
+    let all_ended = async {
+        for task in servers.into_iter().chain([reload]) {
+            drop(task.await);
+        }
+    };
+    drop(tokio::time::timeout(Duration::from_millis(300), all_ended).await);
+    drop(ebpf);
+    Ok(())
+}
+
+fn write_index<T>(state: &State, change: impl FnOnce(&mut crate::cluster::Index) -> T) -> T {
+    let mut index = state.index.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+    change(&mut index)
+}
+
+/// The pipeline with its two inputs.
+struct Observer {
+    state: Arc<State>,
+    pipeline: Pipeline,
+    events: Events,
+    drained: mpsc::Receiver<Drained>,
+    flows_capacity: u64,
+}
+
+impl Observer {
+    /// Starts observing. The eBPF object must be kept: dropping it detaches the programs.
+    fn start(state: &Arc<State>, loaded: Loaded, log: bool) -> Result<(Self, aya::Ebpf)> {
+        let Loaded { mut ebpf, maps, events, mut sources, reasons, has_reasons, budget, programs } =
+            loaded;
+        if log {
+            forward_messages(&mut ebpf)?;
+        }
+        let mut locator = Locator::new();
+        sources.push(locator.status());
+        for source in sources.iter().filter(|s| !s.up) {
+            let (why, lost) = (source.why.as_deref().unwrap_or(""), source.lost.unwrap_or(""));
+            tracing::warn!(source = source.source, why, lost, "a source does not work");
+        }
+        let knows_neighbours = sources.iter().any(|s| s.source == "neighbour" && s.up);
+        let benign = reasons.iter().filter(|(_, name)| is_always_benign(name)).map(|(n, _)| *n);
+        let benign = benign.filter(|n| (*n as usize) < whydrop_ebpf::REASONS).collect();
+        *lock(&state.status) = crate::state::Status { sources, ..Default::default() };
+
+        let (sender, drained) = mpsc::channel(DRAINED_QUEUE);
+        let drainer = Drainer::start(maps, programs, benign, budget.events_per_cpu(), sender)
+            .context("cannot start fetching counts")?;
+        // The state is new, so nobody has set it.
+        let _ = state.drainer.set(drainer);
+        state.observing.store(true, Ordering::Relaxed);
+        let decoder = Decoder::new(
+            Names { reasons, has_reasons },
+            Box::new(move |address| locator.name(address)),
+        );
+        Ok((
+            Self {
+                state: state.clone(),
+                pipeline: Pipeline::new(state.clone(), decoder, knows_neighbours),
+                events: Events::new(events)?,
+                drained,
+                flows_capacity: budget.flows.into(),
+            },
+            ebpf,
+        ))
+    }
+
+    /// Until the drain thread ends.
+    async fn run(mut self) -> Result<()> {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                ready = self.events.ready() => {
+                    ready?;
+                    self.read_events(EVENTS_AT_ONCE);
+                }
+                drained = self.drained.recv() => {
+                    let Some(drained) = drained else { break };
+                    // No event of this generation can come any more.
+                    self.read_events(usize::MAX);
+                    self.pipeline.counts(&drained, Instant::now());
+                    self.note(&drained);
+                    for asked in drained.asked_by {
+                        // Who asked may have given up.
+                        let _ = asked.send(());
+                    }
+                }
+                _ = tick.tick() => self.pipeline.tick(Instant::now()),
+            }
+        }
+        self.pipeline.finish();
+        Ok(())
+    }
+
+    fn read_events(&mut self, at_most: usize) {
+        let clock = WallClock::now();
+        for _ in 0..at_most {
+            let Some(event) = self.events.next() else { break };
+            self.pipeline.event(&event, |boot_ns| clock.at(boot_ns));
+        }
+        self.state.errors.decode.store(self.events.malformed, Ordering::Relaxed);
+    }
+
+    fn note(&self, drained: &Drained) {
+        let Totals { cpu, overflow, programs, .. } = &drained.totals;
+        let mut status = lock(&self.state.status);
+        status.ring_full = cpu.ring_full;
+        status.overflow_packets = cpu.overflow;
+        status.answers_lost = cpu.answers_lost;
+        status.limited_flow = cpu.limited_flow;
+        status.limited_cpu = cpu.limited_cpu;
+        status.missed = missed_drops(&drained.totals);
+        status.programs = programs
+            .iter()
+            .map(|p| ProgramStatus {
+                name: p.name.clone(),
+                runs: p.runs,
+                seconds: Duration::from_nanos(p.run_ns).as_secs_f64(),
+            })
+            .collect();
+        status.maps = vec![
+            MapStatus {
+                map: "flows",
+                entries: drained.flows.len() as u64,
+                capacity: self.flows_capacity,
+            },
+            MapStatus {
+                map: "overflow",
+                entries: overflow.len() as u64,
+                capacity: crate::source::budget::OVERFLOW_ENTRIES.into(),
+            },
+        ];
+    }
+}
+
+/// Carries the programs' own messages into the log.
+fn forward_messages(ebpf: &mut aya::Ebpf) -> Result<()> {
+    let logger = aya_log::EbpfLogger::init(ebpf).context("cannot read the programs' messages")?;
+    let mut logger =
+        tokio::io::unix::AsyncFd::with_interest(logger, tokio::io::Interest::READABLE)
+            .context("cannot wait for the programs' messages")?;
+    tokio::spawn(async move {
+        while let Ok(mut guard) = logger.readable_mut().await {
+            guard.get_inner_mut().flush();
+            guard.clear_ready();
+        }
+    });
+    Ok(())
+}
