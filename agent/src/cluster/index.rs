@@ -1,4 +1,2 @@
-//! Stub.
-/// Stub.
 #[derive(Debug, Default)]
 pub struct Index;
