@@ -188,15 +188,7 @@ mod tests {
         let held = [9, 10, 19, 20, 29, 30, 99].map(|t| holder(&claims, t));
         assert_eq!(
             held,
-            [
-                None,
-                Some("a"),
-                Some("a"),
-                None,
-                None,
-                Some("b"),
-                Some("b")
-            ]
+            [None, Some("a"), Some("a"), None, None, Some("b"), Some("b")]
         );
     }
 

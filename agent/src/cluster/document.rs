@@ -69,8 +69,12 @@ fn yaml(text: &str) -> Result<Vec<Document>, String> {
             max_total_scalar_bytes: usize::MAX,
             max_total_comment_bytes: usize::MAX,
         },
+        // Nobody prints objects with aliases, and each one that is followed costs memory.
+        alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 100_000 },
         // A key twice in one object is no reason to lose all others.
         duplicate_keys: DuplicateKeyPolicy::LastWins,
+        // YAML 1.1 takes `n`, `on` and others for booleans; kubectl prints none of them bare.
+        strict_booleans: true,
         emit_comments: false,
     };
     let mut bytes = text.as_bytes();
@@ -211,8 +215,9 @@ kind: NamespaceList
 
     #[test]
     fn objects_arrays_and_streams_in_json() {
-        let namespace =
-            |n: &str| format!(r#"{{"apiVersion":"v1","kind":"Namespace","metadata":{{"name":"{n}"}}}}"#);
+        let namespace = |n: &str| {
+            format!(r#"{{"apiVersion":"v1","kind":"Namespace","metadata":{{"name":"{n}"}}}}"#)
+        };
         let (a, b) = (namespace("a"), namespace("b"));
         let list = format!(r#"{{"kind":"List","apiVersion":"v1","items":[{a},{b}]}}"#);
         for text in [list, format!("[{a},{b}]"), format!("{a}\n{b}")] {
@@ -223,7 +228,10 @@ kind: NamespaceList
 
     #[test]
     fn a_list_without_items_is_not_empty() {
-        assert_eq!(names("apiVersion: v1\nitems: []\nkind: List\n", false).len(), 0);
+        assert_eq!(
+            names("apiVersion: v1\nitems: []\nkind: List\n", false).len(),
+            0
+        );
         assert_eq!(names("apiVersion: v1\nkind: PodList\n", false).len(), 0);
     }
 

@@ -33,6 +33,9 @@ pub enum ObjectKind {
 }
 
 impl ObjectKind {
+    /// How many kinds there are.
+    pub const COUNT: usize = Self::TABLE.len();
+
     /// Every kind with its API group, its name in manifests and its plural.
     const TABLE: [(Self, &'static str, &'static str, &'static str); 9] = [
         (Self::Pod, "", "Pod", "pods"),
@@ -161,6 +164,25 @@ pub struct ServicePort {
     pub target_port: Option<u16>,
     /// The port on every node.
     pub node_port: Option<u16>,
+}
+
+impl Service {
+    /// All addresses of its own; none twice.
+    pub fn ips(&self) -> impl Iterator<Item = IpAddr> {
+        let others = self.other_ips.iter();
+        let others = others.filter(|ip| !self.cluster_ips.contains(ip));
+        self.cluster_ips.iter().chain(others).copied()
+    }
+}
+
+impl ServicePort {
+    /// Its port on every node.
+    pub fn on_node(&self) -> Option<Port> {
+        Some(Port {
+            protocol: self.port.protocol,
+            port: self.node_port?,
+        })
+    }
 }
 
 /// An EndpointSlice or Endpoints object: ports that a Service sends to.

@@ -401,11 +401,7 @@ struct Ingress {
     ip: Option<IpAddr>,
 }
 
-fn service(
-    raw: Manifest<ServiceSpec, ServiceStatus>,
-    key: Key,
-    strings: &mut Interner,
-) -> Service {
+fn service(raw: Manifest<ServiceSpec, ServiceStatus>, key: Key, strings: &mut Interner) -> Service {
     let balancer = raw.status.and_then(|s| s.load_balancer);
     let ingress = balancer.and_then(|b| b.ingress).unwrap_or_default();
     let mut service = Service {
