@@ -82,7 +82,7 @@ pub fn tcp_flags(flags: u8) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::index::fixture;
+    use crate::cluster::fixture;
     use crate::event::{DropSite, Kind, Outcome};
 
     fn drop_of(source: (&str, u16), destination: (&str, u16), original: Option<&str>) -> Drop {

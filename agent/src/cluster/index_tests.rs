@@ -1,8 +1,8 @@
 use jiff::SignedDuration;
 use proptest::prelude::*;
 
-use super::fixture::{NOW, end, index, named, text};
 use super::*;
+use crate::cluster::fixture::{NOW, end, index, named, text};
 use crate::cluster::{document, objects::Interner};
 
 fn pod(name: &str, ips: &[&str], started: Option<Timestamp>) -> Pod {

@@ -13,6 +13,8 @@
 pub mod claims;
 pub mod document;
 pub mod files;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod index;
 pub mod objects;
 pub mod parse;

@@ -5,20 +5,21 @@
 //! strings.
 
 use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use ipnet::IpNet;
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::objects::{
-    Endpoints, Interner, Key, Labels, Node, Object, ObjectKind, Pod, Port, Service, ServicePort,
-};
-use crate::event::{Protocol, Workload};
+use self::network::{RawEndpointSlice, RawEndpoints, RawNode, RawService};
+use self::pod::RawPod;
+use super::objects::{Endpoints, Interner, Key, Labels, Object, ObjectKind, Port};
+use crate::event::Workload;
+
+mod network;
+mod pod;
 
 /// An object that cannot be used, as far as it can be named.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,10 +44,10 @@ pub struct Parsed {
 #[derive(Debug)]
 enum Fields {
     Pod(Box<RawPod>),
-    Service(Box<Manifest<ServiceSpec, ServiceStatus>>),
-    Endpoints(Metadata, Vec<(IpAddr, Port)>),
-    Node(RawNode, Vec<IpAddr>),
-    Meta(Manifest<Nothing, Nothing>),
+    Service(Box<RawService>),
+    Endpoints(Box<Metadata>, Vec<(IpAddr, Port)>),
+    Node(Box<RawNode>, Vec<IpAddr>),
+    Meta(Box<Manifest<Nothing, Nothing>>),
 }
 
 /// Takes the used fields of an object. `list` is `apiVersion` and `kind` of the list that it came
@@ -88,7 +89,7 @@ pub fn parse(value: &Value, list: Option<(&str, &str)>) -> Result<Option<Parsed>
         ObjectKind::Namespace
         | ObjectKind::ReplicaSet
         | ObjectKind::Job
-        | ObjectKind::NetworkPolicy => read(value).map(Fields::Meta),
+        | ObjectKind::NetworkPolicy => read(value).map(|raw| Fields::Meta(Box::new(raw))),
     }
     .map_err(malformed)?;
     let parsed = Parsed { kind, fields };
@@ -130,7 +131,7 @@ impl Parsed {
         };
         match self.fields {
             Fields::Pod(raw) => Object::Pod(Arc::new(raw.strip(key, strings))),
-            Fields::Service(raw) => Object::Service(Arc::new(service(*raw, key, strings))),
+            Fields::Service(raw) => Object::Service(Arc::new(raw.strip(key, strings))),
             Fields::Endpoints(_, targets) => Object::Endpoints(Arc::new(Endpoints {
                 key,
                 targets: targets.into(),
@@ -218,133 +219,9 @@ fn canonical(ips: impl IntoIterator<Item = IpAddr>) -> Box<[IpAddr]> {
     seen.into()
 }
 
-type RawPod = Manifest<PodSpec, PodStatus>;
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct PodSpec {
-    node_name: Option<String>,
-    host_network: Option<bool>,
-    containers: Option<Vec<Container>>,
-    init_containers: Option<Vec<Container>>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Container {
-    ports: Option<Vec<ContainerPort>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct ContainerPort {
-    container_port: u16,
-    protocol: Option<Protocol>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct PodStatus {
-    phase: Option<String>,
-    start_time: Option<Timestamp>,
-    #[serde(rename = "podIP", default, deserialize_with = "addresses::one")]
-    pod_ip: Option<IpAddr>,
-    #[serde(rename = "podIPs")]
-    pod_ips: Option<Vec<Address>>,
-}
-
 #[derive(Debug, Deserialize)]
 struct Address {
     ip: IpAddr,
-}
-
-impl RawPod {
-    fn strip(self, key: Key, strings: &mut Interner) -> Pod {
-        let controller = self.metadata.controller(strings);
-        let workload = controller
-            .clone()
-            .map(|owner| top_of(owner, &self.metadata, strings));
-        let spec = self.spec.unwrap_or(PodSpec {
-            node_name: None,
-            host_network: None,
-            containers: None,
-            init_containers: None,
-        });
-        let containers = spec.containers.into_iter().flatten();
-        let containers = containers.chain(spec.init_containers.into_iter().flatten());
-        let ports = containers.flat_map(|c| c.ports.unwrap_or_default());
-        let mut ports: Vec<Port> = ports
-            .map(|p| Port {
-                protocol: p.protocol.unwrap_or(Protocol::TCP),
-                port: p.container_port,
-            })
-            .collect();
-        ports.sort_unstable();
-        ports.dedup();
-        let (mut ended, mut started, mut ips) = (false, None, Vec::new());
-        if let Some(status) = self.status {
-            ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
-            started = status.start_time;
-            let plural = status.pod_ips;
-            let plural = plural.map(|ips| ips.into_iter().map(|a| a.ip).collect());
-            ips = both(plural, status.pod_ip);
-        }
-        Pod {
-            key,
-            uid: self.metadata.uid.map(|uid| {
-                let mut hasher = DefaultHasher::new();
-                uid.hash(&mut hasher);
-                hasher.finish()
-            }),
-            node: spec.node_name.map(|name| strings.get(&name)),
-            ips: canonical(ips),
-            host_network: spec.host_network.unwrap_or(false),
-            ended,
-            started,
-            labels: shared(self.metadata.labels, strings),
-            ports: ports.into(),
-            controller,
-            workload,
-        }
-    }
-}
-
-/// The owner's own owner, where names tell it: a Deployment names its ReplicaSets
-/// `NAME-POD_TEMPLATE_HASH`, a CronJob its Jobs `NAME-SCHEDULED_MINUTE` (8 digits and more).
-fn top_of(owner: Workload, pod: &Metadata, strings: &mut Interner) -> Workload {
-    let top = match &*owner.kind {
-        "ReplicaSet" => {
-            let labels = pod.labels.as_ref();
-            labels
-                .and_then(|labels| labels.get("pod-template-hash"))
-                .and_then(|hash| owner.name.strip_suffix(hash.as_str())?.strip_suffix('-'))
-                .map(|name| ("Deployment", name))
-        }
-        "Job" => owner.name.rsplit_once('-').and_then(|(name, minute)| {
-            let is_minute = minute.len() >= 8 && minute.bytes().all(|b| b.is_ascii_digit());
-            is_minute.then_some(("CronJob", name))
-        }),
-        _ => None,
-    };
-    match top {
-        Some((kind, name)) if !name.is_empty() => Workload {
-            kind: strings.get(kind),
-            name: strings.get(name),
-        },
-        _ => owner,
-    }
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct ServiceSpec {
-    #[serde(rename = "clusterIP", default, deserialize_with = "addresses::one")]
-    cluster_ip: Option<IpAddr>,
-    #[serde(rename = "clusterIPs", default, deserialize_with = "addresses::many")]
-    cluster_ips: Vec<IpAddr>,
-    #[serde(rename = "externalIPs")]
-    external_ips: Option<Vec<IpAddr>>,
-    ports: Option<Vec<RawServicePort>>,
-    selector: Option<BTreeMap<String, String>>,
 }
 
 /// An address that may be empty, as a cluster IP of an ExternalName, or `None`, as a headless one.
@@ -368,199 +245,143 @@ mod addresses {
     }
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RawServicePort {
-    port: u16,
-    protocol: Option<Protocol>,
-    target_port: Option<TargetPort>,
-    node_port: Option<u16>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a port number or a port's name")]
-enum TargetPort {
-    Number(u16),
-    #[allow(dead_code, reason = "a name is a container's port already")]
-    Name(String),
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct ServiceStatus {
-    load_balancer: Option<LoadBalancer>,
-}
-
-#[derive(Debug, Deserialize)]
-struct LoadBalancer {
-    ingress: Option<Vec<Ingress>>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Ingress {
-    ip: Option<IpAddr>,
-}
-
-fn service(raw: Manifest<ServiceSpec, ServiceStatus>, key: Key, strings: &mut Interner) -> Service {
-    let balancer = raw.status.and_then(|s| s.load_balancer);
-    let ingress = balancer.and_then(|b| b.ingress).unwrap_or_default();
-    let mut service = Service {
-        key,
-        created: raw.metadata.creation_timestamp,
-        cluster_ips: Box::default(),
-        other_ips: Box::default(),
-        ports: Box::default(),
-        selector: Box::default(),
-    };
-    let mut other_ips: Vec<IpAddr> = ingress.into_iter().filter_map(|i| i.ip).collect();
-    if let Some(spec) = raw.spec {
-        service.cluster_ips = canonical(both(Some(spec.cluster_ips), spec.cluster_ip));
-        other_ips.extend(spec.external_ips.unwrap_or_default());
-        let ports = spec.ports.unwrap_or_default().into_iter();
-        service.ports = ports
-            .map(|p| ServicePort {
-                port: Port {
-                    protocol: p.protocol.unwrap_or(Protocol::TCP),
-                    port: p.port,
-                },
-                target_port: match p.target_port {
-                    None | Some(TargetPort::Number(0)) => Some(p.port),
-                    Some(TargetPort::Number(port)) => Some(port),
-                    Some(TargetPort::Name(_)) => None,
-                },
-                node_port: p.node_port.filter(|port| *port != 0),
-            })
-            .collect();
-        service.selector = shared(spec.selector, strings);
-    }
-    service.other_ips = canonical(other_ips);
-    service
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct RawEndpointSlice {
-    metadata: Metadata,
-    address_type: Option<String>,
-    endpoints: Option<Vec<RawEndpoint>>,
-    ports: Option<Vec<EndpointPort>>,
-}
-
-#[derive(Debug, Deserialize)]
-struct RawEndpoint {
-    addresses: Vec<String>,
-}
-
-#[derive(Debug, Deserialize)]
-struct EndpointPort {
-    /// Absent: all ports.
-    port: Option<u16>,
-    protocol: Option<Protocol>,
-}
-
-#[derive(Debug, Deserialize)]
-struct RawEndpoints {
-    metadata: Metadata,
-    subsets: Option<Vec<Subset>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Subset {
-    addresses: Option<Vec<Address>>,
-    not_ready_addresses: Option<Vec<Address>>,
-    ports: Option<Vec<EndpointPort>>,
-}
-
-fn targets(
-    ips: impl IntoIterator<Item = IpAddr>,
-    ports: Option<Vec<EndpointPort>>,
-) -> Vec<(IpAddr, Port)> {
-    let ports = ports.unwrap_or_default();
-    let mut targets = Vec::new();
-    for ip in ips {
-        targets.extend(ports.iter().filter_map(|p| {
-            let protocol = p.protocol.unwrap_or(Protocol::TCP);
-            let port = p.port?;
-            Some((ip.to_canonical(), Port { protocol, port }))
-        }));
-    }
-    targets
-}
-
-impl RawEndpointSlice {
-    fn targets(self) -> Result<Fields, String> {
-        let mut ips = Vec::new();
-        // Slices of the type FQDN hold names, not addresses.
-        if self.address_type.as_deref() != Some("FQDN") {
-            for (i, endpoint) in self.endpoints.iter().flatten().enumerate() {
-                for address in &endpoint.addresses {
-                    ips.push(ip(address, || format!("endpoints[{i}].addresses"))?);
-                }
-            }
-        }
-        Ok(Fields::Endpoints(self.metadata, targets(ips, self.ports)))
-    }
-}
-
-impl RawEndpoints {
-    fn targets(self) -> Fields {
-        let subsets = self.subsets.into_iter().flatten();
-        let targets = subsets.flat_map(|s| {
-            let ips = s.addresses.into_iter().chain(s.not_ready_addresses);
-            targets(ips.flatten().map(|a| a.ip), s.ports)
-        });
-        Fields::Endpoints(self.metadata, targets.collect())
-    }
-}
-
 fn ip(text: &str, field: impl Fn() -> String) -> Result<IpAddr, String> {
     text.parse()
         .map_err(|_| format!("{}: {text:?} is no IP address", field()))
 }
 
-type RawNode = Manifest<NodeSpec, NodeStatus>;
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
 
-#[derive(Debug, Deserialize)]
-struct NodeSpec {
-    #[serde(rename = "podCIDR")]
-    pod_cidr: Option<IpNet>,
-    #[serde(rename = "podCIDRs")]
-    pod_cidrs: Option<Vec<IpNet>>,
-}
+    use super::*;
 
-#[derive(Debug, Deserialize)]
-struct NodeStatus {
-    addresses: Option<Vec<NodeAddress>>,
-}
-
-#[derive(Debug, Deserialize)]
-struct NodeAddress {
-    r#type: String,
-    address: String,
-}
-
-impl RawNode {
-    /// Host names and DNS names are left out: no packet carries them.
-    fn addresses(self) -> Result<Fields, String> {
-        let mut ips = Vec::new();
-        let addresses = self.status.as_ref().and_then(|s| s.addresses.as_ref());
-        for (i, a) in addresses.into_iter().flatten().enumerate() {
-            if matches!(a.r#type.as_str(), "InternalIP" | "ExternalIP") {
-                ips.push(ip(&a.address, || format!("status.addresses[{i}].address"))?);
-            }
-        }
-        Ok(Fields::Node(self, ips))
+    /// Why an object is malformed.
+    fn error(value: Value) -> String {
+        let malformed = parse(&value, None).unwrap_err();
+        assert_eq!(malformed.name, "n");
+        malformed.message
     }
 
-    fn strip(self, key: Key, ips: Vec<IpAddr>) -> Node {
-        let ranges = self.spec.map(|s| both(s.pod_cidrs, s.pod_cidr));
-        let ranges = ranges.unwrap_or_default();
-        Node {
-            key,
-            created: self.metadata.creation_timestamp,
-            ips: canonical(ips),
-            pod_ranges: ranges.iter().map(IpNet::trunc).collect(),
+    fn pod(spec: Value, status: Value) -> Value {
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "n"}, "spec": spec,
+            "status": status})
+    }
+
+    #[test]
+    fn what_is_malformed_is_told_by_its_field() {
+        let service = |spec: Value| json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "n"}, "spec": spec});
+        let node = |spec: Value, status: Value| json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n"}, "spec": spec, "status": status});
+        let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": {"name": "n"},
+            "addressType": "IPv4", "endpoints": [{"addresses": ["10.0.0"]}]});
+        for (value, says) in [
+            (
+                pod(
+                    json!({}),
+                    json!({"podIPs": [{"ip": "10.0.0.1"}, {"ip": "10.0.0.256"}]}),
+                ),
+                "status.podIPs[1].ip: invalid IP address",
+            ),
+            (
+                pod(json!({}), json!({"startTime": "yesterday"})),
+                "status.startTime: ",
+            ),
+            (
+                pod(json!({"containers": "web"}), json!({})),
+                "spec.containers: invalid type: string",
+            ),
+            (
+                pod(
+                    json!({"containers": [{"ports": [{"containerPort": 65536}]}]}),
+                    json!({}),
+                ),
+                "spec.containers[0].ports[0].containerPort: invalid value",
+            ),
+            (
+                pod(
+                    json!({"containers": [{"ports": [{"containerPort": 1, "protocol": "QUIC"}]}]}),
+                    json!({}),
+                ),
+                "protocol: unknown protocol \"QUIC\"",
+            ),
+            (
+                pod(json!({"hostNetwork": "yes"}), json!({})),
+                "spec.hostNetwork: invalid type",
+            ),
+            (
+                service(json!({"clusterIP": "10.96.0"})),
+                "spec.clusterIP: invalid IP address",
+            ),
+            (
+                service(json!({"clusterIPs": ["10.96.0.1", 7]})),
+                "spec.clusterIPs",
+            ),
+            (
+                service(json!({"ports": [{"port": 80, "targetPort": [1]}]})),
+                "targetPort: expected a port number or a port's name",
+            ),
+            (
+                service(json!({"selector": {"app": 1}})),
+                "spec.selector.app: invalid type: integer",
+            ),
+            (
+                node(json!({"podCIDR": "10.244.0.0/33"}), json!({})),
+                "spec.podCIDR: invalid IP address syntax",
+            ),
+            (
+                node(
+                    json!({}),
+                    json!({"addresses": [{"type": "InternalIP", "address": "n"}]}),
+                ),
+                "status.addresses[0].address: \"n\" is no IP address",
+            ),
+            (slice, "endpoints[0].addresses: \"10.0.0\" is no IP address"),
+        ] {
+            let error = error(value);
+            assert!(error.contains(says), "{error:?} lacks {says:?}");
         }
+    }
+
+    #[test]
+    fn what_has_no_name_or_kind_is_named_as_far_as_it_goes() {
+        for value in [
+            json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "shop"}}),
+            json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": "shop", "name": ""}}),
+        ] {
+            let malformed = parse(&value, None).unwrap_err();
+            assert_eq!((&*malformed.kind, &*malformed.namespace), ("Pod", "shop"));
+            assert!(malformed.message.starts_with("metadata"), "{malformed:?}");
+        }
+        for value in [
+            json!({"metadata": {"name": "n"}}),
+            json!(null),
+            json!("text"),
+            json!([1]),
+        ] {
+            let malformed = parse(&value, None).unwrap_err();
+            assert!(malformed.message.contains("no kind"), "{malformed:?}");
+        }
+    }
+
+    #[test]
+    fn nulls_and_empty_fields_are_as_absent() {
+        let empty = pod(
+            json!({"nodeName": null, "containers": [{"ports": null}]}),
+            json!({"podIP": "", "podIPs": null}),
+        );
+        let parsed = parse(&empty, None).unwrap().unwrap();
+        let Object::Pod(pod) = parsed.strip(&mut Interner::default()) else {
+            panic!("no pod");
+        };
+        assert_eq!(
+            (&*pod.key.namespace, pod.ips.len(), &pod.workload),
+            ("default", 0, &None)
+        );
+    }
+
+    #[test]
+    fn kinds_that_are_not_used_are_not_looked_into() {
+        let other = json!({"apiVersion": "serving.knative.dev/v1", "kind": "Service", "spec": 1});
+        assert!(parse(&other, None).unwrap().is_none());
     }
 }
