@@ -1,4 +1,482 @@
-//! Stub.
-/// Stub.
+//! The index: which pod, node or Service has this address and port, at this time.
+//!
+//! Time matters because addresses are reused within seconds, and a drop is looked up after it
+//! happened. From when an object holds its addresses:
+//!
+//! | object | from |
+//! |---|---|
+//! | pod | `status.startTime`; without it always, if it was there at the start, else when it was seen |
+//! | Service, node | `creationTimestamp`, else as a pod; an address that it got later, when that was seen |
+//!
+//! until its end was seen: it was deleted, lost the address, or (a pod) ended with Succeeded or
+//! Failed. Of several holders at one time the one that started last is believed, see [`Claims`].
+//! What an object declares and says of itself (ports, labels, owners) is taken as it is now.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use super::claims::Claims;
+use super::objects::{Change, Key, Node, Object, ObjectKind, Pod, Port, Service, selects};
+use super::ranges::Ranges;
+use crate::event::{Endpoint, EndpointKind, Protocol, ServiceRef, Workload};
+
+/// Objects and who holds which address. Changes are small steps; look-ups take well under a
+/// microsecond and allocate nothing.
 #[derive(Debug, Default)]
-pub struct Index;
+pub struct Index {
+    objects: HashMap<Key, Object>,
+    counts: [usize; ObjectKind::COUNT],
+    /// NetworkPolicies by namespace.
+    policies: BTreeMap<Arc<str>, usize>,
+    pods: Claims<IpAddr, Pod>,
+    nodes: Claims<IpAddr, Node>,
+    /// Every address of a Service's own.
+    services: Claims<IpAddr, Service>,
+    service_ports: Claims<(IpAddr, Port), Service>,
+    node_ports: Claims<Port, Service>,
+    /// Ports that host-network pods declare, by node.
+    host_ports: Claims<(Arc<str>, Port), Pod>,
+    /// Services with a selector by namespace and target port.
+    targets: HashMap<(Arc<str>, Port), Vec<Arc<Service>>>,
+    /// Ports in endpoints, and how many objects list them.
+    endpoints: HashMap<(IpAddr, Port), u32>,
+    pod_ranges: Ranges,
+}
+
+/// Who has an address.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Holder<'a> {
+    /// A pod with an address of its own.
+    Pod(&'a Arc<Pod>),
+    /// A node.
+    Node(&'a Arc<Node>),
+    /// A Service.
+    Service(&'a Arc<Service>),
+}
+
+/// How much the index keeps of what is gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tombstones {
+    /// Ended claims that can still be asked for.
+    pub kept: usize,
+    /// Those forgotten before their time since the start, because there were too many.
+    pub evicted_total: u64,
+}
+
+/// When an object came, for addresses without a time of their own.
+#[derive(Clone, Copy)]
+struct Seen {
+    at: Timestamp,
+    /// It was there before the first look.
+    first: bool,
+}
+
+impl Seen {
+    /// From when an object holds its addresses. A time in the future is another node's clock.
+    fn since(self, started: Option<Timestamp>) -> Timestamp {
+        match started {
+            Some(started) => started.min(self.at),
+            None if self.first => Timestamp::MIN,
+            None => self.at,
+        }
+    }
+}
+
+impl Index {
+    /// Takes in what there was at the start.
+    pub fn load(&mut self, objects: impl IntoIterator<Item = Object>, at: Timestamp) {
+        for object in objects {
+            self.upsert(object, Seen { at, first: true });
+        }
+    }
+
+    /// Takes in one change that was seen at a time.
+    pub fn apply(&mut self, change: Change, at: Timestamp) {
+        match change {
+            Change::Upsert(object) => self.upsert(object, Seen { at, first: false }),
+            Change::Delete(key) => self.delete(&key, at),
+        }
+    }
+
+    fn upsert(&mut self, object: Object, seen: Seen) {
+        let old = self.objects.insert(object.key().clone(), object.clone());
+        if old.is_none() {
+            self.count(object.key(), 1);
+        }
+        match (&old, &object) {
+            (Some(Object::Pod(old)), Object::Pod(new)) => self.pod(Some(old), Some(new), seen),
+            (_, Object::Pod(new)) => self.pod(None, Some(new), seen),
+            (Some(Object::Service(old)), Object::Service(new)) => {
+                self.service_changed(Some(old), Some(new), seen);
+            }
+            (_, Object::Service(new)) => self.service_changed(None, Some(new), seen),
+            (Some(Object::Node(old)), Object::Node(new)) => self.node(Some(old), Some(new), seen),
+            (_, Object::Node(new)) => self.node(None, Some(new), seen),
+            (old, Object::Endpoints(new)) => {
+                for target in &new.targets {
+                    *self.endpoints.entry(*target).or_default() += 1;
+                }
+                if let Some(old) = old {
+                    self.forget_endpoints(old);
+                }
+            }
+            (_, Object::Owner(..) | Object::Named(_)) => {}
+        }
+    }
+
+    fn delete(&mut self, key: &Key, at: Timestamp) {
+        let Some(old) = self.objects.remove(key) else {
+            return;
+        };
+        self.count(key, -1);
+        let seen = Seen { at, first: false };
+        match &old {
+            Object::Pod(old) => self.pod(Some(old), None, seen),
+            Object::Service(old) => self.service_changed(Some(old), None, seen),
+            Object::Node(old) => self.node(Some(old), None, seen),
+            Object::Endpoints(_) => self.forget_endpoints(&old),
+            Object::Owner(..) | Object::Named(_) => {}
+        }
+    }
+
+    fn count(&mut self, key: &Key, by: isize) {
+        let count = &mut self.counts[key.kind as usize];
+        *count = count.saturating_add_signed(by);
+        if key.kind == ObjectKind::NetworkPolicy {
+            let policies = self.policies.entry(key.namespace.clone()).or_default();
+            *policies = policies.saturating_add_signed(by);
+            if *policies == 0 {
+                self.policies.remove(&key.namespace);
+            }
+        }
+    }
+
+    fn pod(&mut self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>, seen: Seen) {
+        let same = old.zip(new).is_some_and(|(old, new)| same_pod(old, new));
+        let from = new.map_or(seen.at, |pod| seen.since(pod.started));
+        let times = Times { same, from, seen };
+        move_claims(&mut self.pods, old, new, times, |pod| {
+            match pod.host_network {
+                true => Vec::new(),
+                false if pod.ended => Vec::new(),
+                false => pod.ips.to_vec(),
+            }
+        });
+        move_claims(&mut self.host_ports, old, new, times, |pod| {
+            let node = pod.node.as_ref();
+            let node = node.filter(|_| pod.host_network && !pod.ended);
+            let ports = node.map(|node| pod.ports.iter().map(|port| (node.clone(), *port)));
+            ports.into_iter().flatten().collect()
+        });
+    }
+
+    fn service_changed(
+        &mut self,
+        old: Option<&Arc<Service>>,
+        new: Option<&Arc<Service>>,
+        seen: Seen,
+    ) {
+        let times = Times::lasting(old, new.map(|s| s.created), seen);
+        move_claims(&mut self.services, old, new, times, |service| {
+            service.ips().collect()
+        });
+        move_claims(&mut self.service_ports, old, new, times, |service| {
+            let ports = service.ports.iter().map(|p| p.port);
+            ports
+                .flat_map(|port| service.ips().map(move |ip| (ip, port)))
+                .collect()
+        });
+        move_claims(&mut self.node_ports, old, new, times, |service| {
+            service.ports.iter().filter_map(|p| p.on_node()).collect()
+        });
+        for (key, old) in old.into_iter().flat_map(target_keys) {
+            if let Some(services) = self.targets.get_mut(&key) {
+                services.retain(|service| !Arc::ptr_eq(service, old));
+                if services.is_empty() {
+                    self.targets.remove(&key);
+                }
+            }
+        }
+        for (key, new) in new.into_iter().flat_map(target_keys) {
+            self.targets.entry(key).or_default().push(new.clone());
+        }
+    }
+
+    fn node(&mut self, old: Option<&Arc<Node>>, new: Option<&Arc<Node>>, seen: Seen) {
+        let times = Times::lasting(old, new.map(|n| n.created), seen);
+        move_claims(&mut self.nodes, old, new, times, |node| node.ips.to_vec());
+        for range in new.into_iter().flat_map(|node| &node.pod_ranges) {
+            self.pod_ranges.add(*range);
+        }
+        for range in old.into_iter().flat_map(|node| &node.pod_ranges) {
+            self.pod_ranges.remove(*range);
+        }
+    }
+
+    fn forget_endpoints(&mut self, old: &Object) {
+        let Object::Endpoints(old) = old else {
+            return;
+        };
+        for target in &old.targets {
+            if let Some(listed) = self.endpoints.get_mut(target) {
+                *listed -= 1;
+                if *listed == 0 {
+                    self.endpoints.remove(target);
+                }
+            }
+        }
+    }
+
+    /// Who had an address at a time. A pod comes before a node, a node before a Service: the
+    /// address of a load balancer may be a node's own.
+    pub fn holder(&self, ip: IpAddr, at: Timestamp) -> Option<Holder<'_>> {
+        let ip = ip.to_canonical();
+        if let Some(pod) = self.pods.holder(&ip, at) {
+            return Some(Holder::Pod(pod));
+        }
+        if let Some(node) = self.nodes.holder(&ip, at) {
+            return Some(Holder::Node(node));
+        }
+        self.services.holder(&ip, at).map(Holder::Service)
+    }
+
+    /// Names an end by its address and port at a time: fills everything that is known, and
+    /// nothing else. `service` is filled where the address is a Service's own.
+    pub fn name(&self, end: &mut Endpoint, protocol: Option<Protocol>, at: Timestamp) {
+        let Some(ip) = end.ip.map(|ip| ip.to_canonical()) else {
+            return;
+        };
+        let port = to_port(protocol, end.port);
+        let listed = || port.is_some_and(|port| self.endpoints.contains_key(&(ip, port)));
+        match self.holder(ip, at) {
+            Some(Holder::Pod(pod)) => {
+                end.kind = Some(EndpointKind::Pod);
+                end.node = pod.node.clone();
+                self.name_pod(end, pod);
+                end.declared_port = port.is_some_and(|port| self.declares(pod, port)) || listed();
+            }
+            Some(Holder::Node(node)) => {
+                end.kind = Some(EndpointKind::Node);
+                end.node = Some(node.key.name.clone());
+                let pod = port.and_then(|port| {
+                    let key = (node.key.name.clone(), port);
+                    self.host_ports.only_holder(&key, at)
+                });
+                if let Some(pod) = pod {
+                    end.host_network = true;
+                    self.name_pod(end, pod);
+                }
+                let node_port = || port.is_some_and(|p| self.node_ports.holder(&p, at).is_some());
+                end.declared_port = pod.is_some() || node_port() || listed();
+            }
+            Some(Holder::Service(_)) => {
+                end.kind = Some(EndpointKind::Service);
+                end.service = self.service(ip, end.port, protocol, at);
+                end.declared_port =
+                    port.is_some_and(|port| self.service_ports.holder(&(ip, port), at).is_some());
+            }
+            None if self.pod_ranges.contains(ip) => end.kind = Some(EndpointKind::Unknown),
+            None => end.kind = Some(EndpointKind::External),
+        }
+    }
+
+    fn name_pod(&self, end: &mut Endpoint, pod: &Pod) {
+        end.namespace = Some(pod.key.namespace.clone());
+        end.pod = Some(pod.key.name.clone());
+        end.workload = self.workload(pod).cloned();
+    }
+
+    /// What runs a pod: its owner's owner where that is known, else what the pod itself tells.
+    fn workload<'a>(&'a self, pod: &'a Pod) -> Option<&'a Workload> {
+        let owner = pod.controller.as_ref()?;
+        let kind = match &*owner.kind {
+            "ReplicaSet" => ObjectKind::ReplicaSet,
+            "Job" => ObjectKind::Job,
+            _ => return pod.workload.as_ref(),
+        };
+        let key = Key {
+            kind,
+            namespace: pod.key.namespace.clone(),
+            name: owner.name.clone(),
+        };
+        match self.objects.get(&key) {
+            Some(Object::Owner(_, top)) => Some(top.as_ref().unwrap_or(owner)),
+            _ => pod.workload.as_ref(),
+        }
+    }
+
+    /// Whether the pod's containers or a Service that selects it declare a port. Only a pod whose
+    /// containers do not is compared with Services: those of its namespace with this target port.
+    fn declares(&self, pod: &Pod, port: Port) -> bool {
+        pod.ports.binary_search(&port).is_ok()
+            || self
+                .targets
+                .get(&(pod.key.namespace.clone(), port))
+                .is_some_and(|services| services.iter().any(|s| selects(&s.selector, &pod.labels)))
+    }
+
+    /// The Service that has an address and port: a cluster IP, an external or load balancer's
+    /// address, or a node's address and a node port. A cluster IP names its Service also without
+    /// a port, or with one that it does not have; the other addresses may be shared.
+    pub fn service(
+        &self,
+        ip: IpAddr,
+        port: Option<u16>,
+        protocol: Option<Protocol>,
+        at: Timestamp,
+    ) -> Option<ServiceRef> {
+        let ip = ip.to_canonical();
+        let by_port = to_port(protocol, port).and_then(|port| {
+            self.service_ports.holder(&(ip, port), at).or_else(|| {
+                self.nodes.holder(&ip, at)?;
+                self.node_ports.holder(&port, at)
+            })
+        });
+        let service = by_port.or_else(|| {
+            let by_address = self.services.holder(&ip, at);
+            by_address.filter(|service| service.cluster_ips.contains(&ip))
+        })?;
+        Some(ServiceRef {
+            namespace: service.key.namespace.clone(),
+            name: service.key.name.clone(),
+            ip,
+            port,
+        })
+    }
+
+    /// Whether a pod is there, ended or not.
+    pub fn pod_exists(&self, namespace: &Arc<str>, name: &Arc<str>) -> bool {
+        self.objects.contains_key(&Key {
+            kind: ObjectKind::Pod,
+            namespace: namespace.clone(),
+            name: name.clone(),
+        })
+    }
+
+    /// How many objects of each kind there are, by the plural of the kind.
+    pub fn counts(&self) -> impl Iterator<Item = (&'static str, usize)> {
+        ObjectKind::all().map(|kind| (kind.plural(), self.counts[kind as usize]))
+    }
+
+    /// How many NetworkPolicies each namespace has; namespaces without any are left out.
+    pub fn network_policies(&self) -> &BTreeMap<Arc<str>, usize> {
+        &self.policies
+    }
+
+    /// Forgets what ended long ago; to be called now and then. Returns how many claims went.
+    pub fn purge(&mut self, now: Timestamp) -> usize {
+        self.pods.purge(now)
+            + self.nodes.purge(now)
+            + self.services.purge(now)
+            + self.service_ports.purge(now)
+            + self.node_ports.purge(now)
+            + self.host_ports.purge(now)
+    }
+
+    /// How much is kept of what is gone.
+    pub fn tombstones(&self) -> Tombstones {
+        Tombstones {
+            kept: self.pods.tombstones()
+                + self.nodes.tombstones()
+                + self.services.tombstones()
+                + self.service_ports.tombstones()
+                + self.node_ports.tombstones()
+                + self.host_ports.tombstones(),
+            evicted_total: self.pods.evicted()
+                + self.nodes.evicted()
+                + self.services.evicted()
+                + self.service_ports.evicted()
+                + self.node_ports.evicted()
+                + self.host_ports.evicted(),
+        }
+    }
+}
+
+fn to_port(protocol: Option<Protocol>, port: Option<u16>) -> Option<Port> {
+    let protocol = protocol.filter(|p| p.has_ports())?;
+    Some(Port {
+        protocol,
+        port: port?,
+    })
+}
+
+/// Whether two states are of one pod, and not of two that had the name one after the other.
+fn same_pod(old: &Pod, new: &Pod) -> bool {
+    match (old.uid, new.uid) {
+        (Some(old), Some(new)) => old == new,
+        _ => old.started == new.started,
+    }
+}
+
+fn target_keys(service: &Arc<Service>) -> impl Iterator<Item = ((Arc<str>, Port), &Arc<Service>)> {
+    let ports = service.ports.iter();
+    let ports = ports.filter(|_| !service.selector.is_empty());
+    ports.filter_map(move |p| {
+        let port = Port {
+            protocol: p.port.protocol,
+            port: p.target_port?,
+        };
+        Some(((service.key.namespace.clone(), port), service))
+    })
+}
+
+/// When claims begin and end.
+#[derive(Clone, Copy)]
+struct Times {
+    /// Old and new are one object: claims that both have go on.
+    same: bool,
+    /// When new claims begin.
+    from: Timestamp,
+    seen: Seen,
+}
+
+impl Times {
+    /// Of objects that keep their names for good: what they get later they have from then on.
+    fn lasting<T>(old: Option<&T>, created: Option<Option<Timestamp>>, seen: Seen) -> Self {
+        Self {
+            same: true,
+            from: match old {
+                Some(_) => seen.at,
+                None => seen.since(created.flatten()),
+            },
+            seen,
+        }
+    }
+}
+
+/// Ends the claims that an object has no more, and begins those that it has now.
+fn move_claims<K: std::hash::Hash + Eq + Clone, T>(
+    claims: &mut Claims<K, T>,
+    old: Option<&Arc<T>>,
+    new: Option<&Arc<T>>,
+    times: Times,
+    keys: impl Fn(&T) -> Vec<K>,
+) {
+    let (old_keys, new_keys) = (
+        old.map_or_else(Vec::new, |old| keys(old)),
+        new.map_or_else(Vec::new, |new| keys(new)),
+    );
+    for key in &old_keys {
+        match (old, new) {
+            (Some(old), Some(new)) if times.same && new_keys.contains(key) => {
+                claims.update(key, old, new.clone());
+            }
+            (Some(old), _) => claims.end(key, old, times.seen.at),
+            (None, _) => {}
+        }
+    }
+    for key in new_keys {
+        if let Some(new) = new
+            && !(times.same && old_keys.contains(&key))
+        {
+            claims.begin(key, times.from, new.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "index_tests.rs"]
+mod tests;

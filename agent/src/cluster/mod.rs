@@ -1,3 +1,24 @@
-//! Stub.
+//! The cluster: Kubernetes objects, and who held which address when.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`objects`] | the objects, stripped to what is used |
+//! | [`parse`] | one object from JSON or YAML values, or why it is malformed |
+//! | [`document`] | all objects of one file's text |
+//! | [`files`] | `--objects`: reading files and folders, and noticing that they changed |
+//! | [`claims`] | who held something, from when to when |
+//! | [`ranges`] | the nodes' pod ranges |
+//! | [`index`] | address and port to pod, node and Service, at a time |
+
+pub mod claims;
+pub mod document;
+pub mod files;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod index;
+pub mod objects;
+pub mod parse;
+pub mod ranges;
+
 pub use index::Index;
+pub use objects::{Change, Key, Object, ObjectKind};

@@ -1,0 +1,340 @@
+//! Kubernetes objects, stripped to what is used: an index of 150,000 pods must stay small.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use jiff::Timestamp;
+
+use crate::event::{Protocol, Workload};
+
+/// The kinds that are used; all others are ignored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ObjectKind {
+    /// `v1`.
+    Pod,
+    /// `v1`.
+    Service,
+    /// `discovery.k8s.io/v1`.
+    EndpointSlice,
+    /// `v1`, what endpoint slices replaced.
+    Endpoints,
+    /// `v1`.
+    Node,
+    /// `v1`.
+    Namespace,
+    /// `apps/v1`: known for its owner.
+    ReplicaSet,
+    /// `batch/v1`: known for its owner.
+    Job,
+    /// `networking.k8s.io/v1`.
+    NetworkPolicy,
+}
+
+impl ObjectKind {
+    /// How many kinds there are.
+    pub const COUNT: usize = Self::TABLE.len();
+
+    /// Every kind with its API group, its name in manifests and its plural.
+    const TABLE: [(Self, &'static str, &'static str, &'static str); 9] = [
+        (Self::Pod, "", "Pod", "pods"),
+        (Self::Service, "", "Service", "services"),
+        (
+            Self::EndpointSlice,
+            "discovery.k8s.io",
+            "EndpointSlice",
+            "endpointslices",
+        ),
+        (Self::Endpoints, "", "Endpoints", "endpoints"),
+        (Self::Node, "", "Node", "nodes"),
+        (Self::Namespace, "", "Namespace", "namespaces"),
+        (Self::ReplicaSet, "apps", "ReplicaSet", "replicasets"),
+        (Self::Job, "batch", "Job", "jobs"),
+        (
+            Self::NetworkPolicy,
+            "networking.k8s.io",
+            "NetworkPolicy",
+            "networkpolicies",
+        ),
+    ];
+
+    /// All kinds.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Self::TABLE.into_iter().map(|(kind, ..)| kind)
+    }
+
+    /// The kind that a manifest names. The group counts: others have a `Service`, a `Job` or a
+    /// `NetworkPolicy` too (Knative, Volcano, Calico). The version does not.
+    pub fn of(api_version: &str, kind: &str) -> Option<Self> {
+        let group = api_version.rsplit_once('/').map_or("", |(group, _)| group);
+        Self::TABLE
+            .into_iter()
+            .find(|(_, g, k, _)| *g == group && *k == kind)
+            .map(|(kind, ..)| kind)
+    }
+
+    /// The name in manifests, as `Pod`.
+    pub fn as_str(self) -> &'static str {
+        Self::TABLE[self as usize].2
+    }
+
+    /// The plural of the API, as `pods`: the label of `whydrop_index_objects`.
+    pub fn plural(self) -> &'static str {
+        Self::TABLE[self as usize].3
+    }
+
+    /// Whether objects of this kind live in a namespace.
+    pub const fn is_namespaced(self) -> bool {
+        !matches!(self, Self::Node | Self::Namespace)
+    }
+}
+
+/// What an object is called.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    /// Its kind.
+    pub kind: ObjectKind,
+    /// Its namespace; empty for kinds that have none.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+}
+
+/// A port that a pod or a Service declares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Port {
+    /// TCP where the object does not say.
+    pub protocol: Protocol,
+    /// The number.
+    pub port: u16,
+}
+
+/// A pod.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pod {
+    /// Its name.
+    pub key: Key,
+    /// Tells it from an earlier pod of the same name; a hash, only ever compared.
+    pub uid: Option<u64>,
+    /// `spec.nodeName`.
+    pub node: Option<Arc<str>>,
+    /// `status.podIPs` (and `podIP`) of both families.
+    pub ips: Box<[IpAddr]>,
+    /// `spec.hostNetwork`: the addresses are its node's.
+    pub host_network: bool,
+    /// Its phase is Succeeded or Failed: it holds no address any more.
+    pub ended: bool,
+    /// `status.startTime`.
+    pub started: Option<Timestamp>,
+    /// Sorted by key.
+    pub labels: Labels,
+    /// Ports of its containers, restartable init containers among them.
+    pub ports: Box<[Port]>,
+    /// Its controlling owner as the reference says it: often a ReplicaSet or a Job.
+    pub controller: Option<Workload>,
+    /// The top of its owners as far as the pod itself tells.
+    pub workload: Option<Workload>,
+}
+
+/// A Service.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Service {
+    /// Its name.
+    pub key: Key,
+    /// When it was made.
+    pub created: Option<Timestamp>,
+    /// `spec.clusterIPs`; empty for a headless Service. Each belongs to this Service alone.
+    pub cluster_ips: Box<[IpAddr]>,
+    /// `spec.externalIPs` and the addresses of its load balancer, which several Services may share
+    /// and which may be a node's own.
+    pub other_ips: Box<[IpAddr]>,
+    /// Its ports.
+    pub ports: Box<[ServicePort]>,
+    /// `spec.selector`, sorted by key; empty where somebody else writes the endpoints.
+    pub selector: Labels,
+}
+
+/// One port of a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// What the sender asks for.
+    pub port: Port,
+    /// The port of the pods; `None` where it is a name, which is then a container's port anyway.
+    pub target_port: Option<u16>,
+    /// The port on every node.
+    pub node_port: Option<u16>,
+}
+
+impl Service {
+    /// All addresses of its own; none twice.
+    pub fn ips(&self) -> impl Iterator<Item = IpAddr> {
+        let others = self.other_ips.iter();
+        let others = others.filter(|ip| !self.cluster_ips.contains(ip));
+        self.cluster_ips.iter().chain(others).copied()
+    }
+}
+
+impl ServicePort {
+    /// Its port on every node.
+    pub fn on_node(&self) -> Option<Port> {
+        Some(Port {
+            protocol: self.port.protocol,
+            port: self.node_port?,
+        })
+    }
+}
+
+/// An EndpointSlice or Endpoints object: ports that a Service sends to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Endpoints {
+    /// Its name.
+    pub key: Key,
+    /// Each address, ready or not, with each of its ports.
+    pub targets: Box<[(IpAddr, Port)]>,
+}
+
+/// A node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    /// Its name.
+    pub key: Key,
+    /// When it joined.
+    pub created: Option<Timestamp>,
+    /// `status.addresses` of the types InternalIP and ExternalIP.
+    pub ips: Box<[IpAddr]>,
+    /// `spec.podCIDRs` (and `podCIDR`).
+    pub pod_ranges: Box<[IpNet]>,
+}
+
+/// One object. The last three kinds are kept by name only.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Object {
+    /// A pod.
+    Pod(Arc<Pod>),
+    /// A Service.
+    Service(Arc<Service>),
+    /// An EndpointSlice or Endpoints object.
+    Endpoints(Arc<Endpoints>),
+    /// A node.
+    Node(Arc<Node>),
+    /// A ReplicaSet or a Job, and what controls it.
+    Owner(Key, Option<Workload>),
+    /// A Namespace or a NetworkPolicy.
+    Named(Key),
+}
+
+impl Object {
+    /// What it is called.
+    pub fn key(&self) -> &Key {
+        match self {
+            Self::Pod(o) => &o.key,
+            Self::Service(o) => &o.key,
+            Self::Endpoints(o) => &o.key,
+            Self::Node(o) => &o.key,
+            Self::Owner(key, _) | Self::Named(key) => key,
+        }
+    }
+}
+
+/// One step of the cluster.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// The object is there, new or changed.
+    Upsert(Object),
+    /// It is gone.
+    Delete(Key),
+}
+
+/// Labels or a selector, sorted by key.
+pub type Labels = Box<[(Arc<str>, Arc<str>)]>;
+
+/// Whether labels have all that a selector asks for. An empty selector selects nothing, as in a
+/// Service.
+pub fn selects(selector: &Labels, labels: &Labels) -> bool {
+    !selector.is_empty()
+        && selector.iter().all(|(key, value)| {
+            labels
+                .binary_search_by(|(k, _)| k.cmp(key))
+                .is_ok_and(|i| labels[i].1 == *value)
+        })
+}
+
+/// Makes equal strings one allocation: namespaces, nodes, labels and workloads repeat.
+#[derive(Debug, Default)]
+pub struct Interner {
+    strings: HashSet<Arc<str>>,
+}
+
+impl Interner {
+    /// The one copy of a string.
+    pub fn get(&mut self, s: &str) -> Arc<str> {
+        if let Some(known) = self.strings.get(s) {
+            return known.clone();
+        }
+        let new: Arc<str> = s.into();
+        self.strings.insert(new.clone());
+        new
+    }
+
+    /// Forgets what nobody uses any more.
+    pub fn purge(&mut self) {
+        self.strings.retain(|s| Arc::strong_count(s) > 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labels(pairs: &[(&str, &str)]) -> Labels {
+        pairs
+            .iter()
+            .map(|(k, v)| ((*k).into(), (*v).into()))
+            .collect()
+    }
+
+    #[test]
+    fn the_table_is_in_the_order_of_the_enum() {
+        for (i, kind) in ObjectKind::all().enumerate() {
+            assert_eq!(kind as usize, i);
+        }
+    }
+
+    #[test]
+    fn the_group_tells_kinds_of_one_name_apart() {
+        assert_eq!(ObjectKind::of("v1", "Service"), Some(ObjectKind::Service));
+        assert_eq!(ObjectKind::of("serving.knative.dev/v1", "Service"), None);
+        assert_eq!(
+            ObjectKind::of("networking.k8s.io/v1", "NetworkPolicy"),
+            Some(ObjectKind::NetworkPolicy)
+        );
+        assert_eq!(
+            ObjectKind::of("projectcalico.org/v3", "NetworkPolicy"),
+            None
+        );
+    }
+
+    #[test]
+    fn a_selector_asks_for_each_of_its_labels() {
+        let pod = labels(&[("app", "web"), ("tier", "front")]);
+        assert!(selects(&labels(&[("tier", "front")]), &pod));
+        assert!(selects(&pod, &pod));
+        assert!(!selects(&labels(&[("app", "db")]), &pod));
+        assert!(!selects(&labels(&[("app", "web"), ("zone", "a")]), &pod));
+        assert!(!selects(&labels(&[]), &pod));
+    }
+
+    #[test]
+    fn interned_strings_are_shared_and_forgotten() {
+        let mut interner = Interner::default();
+        let a = interner.get("shop");
+        let b = interner.get("shop");
+        assert!(Arc::ptr_eq(&a, &b));
+        interner.purge();
+        assert_eq!(interner.strings.len(), 1);
+        drop((a, b));
+        interner.purge();
+        assert_eq!(interner.strings.len(), 0);
+    }
+}

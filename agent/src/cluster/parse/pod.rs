@@ -1,0 +1,122 @@
+//! A pod's fields, and what runs it.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::IpAddr;
+
+use jiff::Timestamp;
+use serde::Deserialize;
+
+use super::{Address, Manifest, Metadata, addresses, both, canonical, shared};
+use crate::cluster::objects::{Interner, Key, Pod, Port};
+use crate::event::{Protocol, Workload};
+
+pub(super) type RawPod = Manifest<PodSpec, PodStatus>;
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct PodSpec {
+    node_name: Option<String>,
+    host_network: Option<bool>,
+    containers: Option<Vec<Container>>,
+    init_containers: Option<Vec<Container>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Container {
+    ports: Option<Vec<ContainerPort>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ContainerPort {
+    container_port: u16,
+    protocol: Option<Protocol>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct PodStatus {
+    phase: Option<String>,
+    start_time: Option<Timestamp>,
+    #[serde(rename = "podIP", default, deserialize_with = "addresses::one")]
+    pod_ip: Option<IpAddr>,
+    #[serde(rename = "podIPs")]
+    pod_ips: Option<Vec<Address>>,
+}
+
+impl RawPod {
+    pub(super) fn strip(self, key: Key, strings: &mut Interner) -> Pod {
+        let controller = self.metadata.controller(strings);
+        let workload = controller
+            .clone()
+            .map(|owner| top_of(owner, &self.metadata, strings));
+        let spec = self.spec.unwrap_or(PodSpec {
+            node_name: None,
+            host_network: None,
+            containers: None,
+            init_containers: None,
+        });
+        let containers = spec.containers.into_iter().flatten();
+        let containers = containers.chain(spec.init_containers.into_iter().flatten());
+        let ports = containers.flat_map(|c| c.ports.unwrap_or_default());
+        let mut ports: Vec<Port> = ports
+            .map(|p| Port {
+                protocol: p.protocol.unwrap_or(Protocol::TCP),
+                port: p.container_port,
+            })
+            .collect();
+        ports.sort_unstable();
+        ports.dedup();
+        let (mut ended, mut started, mut ips) = (false, None, Vec::new());
+        if let Some(status) = self.status {
+            ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
+            started = status.start_time;
+            let plural = status.pod_ips;
+            let plural = plural.map(|ips| ips.into_iter().map(|a| a.ip).collect());
+            ips = both(plural, status.pod_ip);
+        }
+        Pod {
+            key,
+            uid: self.metadata.uid.map(|uid| {
+                let mut hasher = DefaultHasher::new();
+                uid.hash(&mut hasher);
+                hasher.finish()
+            }),
+            node: spec.node_name.map(|name| strings.get(&name)),
+            ips: canonical(ips),
+            host_network: spec.host_network.unwrap_or(false),
+            ended,
+            started,
+            labels: shared(self.metadata.labels, strings),
+            ports: ports.into(),
+            controller,
+            workload,
+        }
+    }
+}
+
+/// The owner's own owner, where names tell it: a Deployment names its ReplicaSets
+/// `NAME-POD_TEMPLATE_HASH`, a CronJob its Jobs `NAME-SCHEDULED_MINUTE` (8 digits and more).
+fn top_of(owner: Workload, pod: &Metadata, strings: &mut Interner) -> Workload {
+    let top = match &*owner.kind {
+        "ReplicaSet" => {
+            let labels = pod.labels.as_ref();
+            labels
+                .and_then(|labels| labels.get("pod-template-hash"))
+                .and_then(|hash| owner.name.strip_suffix(hash.as_str())?.strip_suffix('-'))
+                .map(|name| ("Deployment", name))
+        }
+        "Job" => owner.name.rsplit_once('-').and_then(|(name, minute)| {
+            let is_minute = minute.len() >= 8 && minute.bytes().all(|b| b.is_ascii_digit());
+            is_minute.then_some(("CronJob", name))
+        }),
+        _ => None,
+    };
+    match top {
+        Some((kind, name)) if !name.is_empty() => Workload {
+            kind: strings.get(kind),
+            name: strings.get(name),
+        },
+        _ => owner,
+    }
+}
