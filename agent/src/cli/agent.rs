@@ -77,7 +77,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     write_index(&state, |index| index.load(objects.objects().cloned(), Timestamp::now()));
 
     let log = tracing::enabled!(target: "whydrop_programs", tracing::Level::DEBUG);
-    let map_memory_bytes = args.map_memory.bytes();
+    let map_memory_bytes = args.map_memory.0;
     let loaded = tokio::task::spawn_blocking(move || load::load(map_memory_bytes, log))
         .await
         .context("loading the programs failed")??;
@@ -265,7 +265,7 @@ impl Observer {
 fn forward_messages(ebpf: &mut aya::Ebpf) -> Result<()> {
     let logger = aya_log::EbpfLogger::init(ebpf).context("cannot read the programs' messages")?;
     let mut logger =
-        tokio::io::unix::AsyncFd::with_interest(logger, tokio::io::Interest::READABLE)
+        tokio::io::unix::AsyncFd::register_with_interest(logger, tokio::io::Interest::READABLE)
             .context("cannot wait for the programs' messages")?;
     tokio::spawn(async move {
         while let Ok(mut guard) = logger.readable_mut().await {

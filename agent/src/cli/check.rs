@@ -1,13 +1,121 @@
-//! `whydrop check`: what this kernel and these privileges allow.
+//! `whydrop check`: what this kernel and these privileges allow, in plain words.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
-use crate::cli::config::CheckArgs;
+use anyhow::{Context as _, Result};
+use serde_json::json;
 
-/// Prints what can be observed here. The exit code is 0 if drops can be, else 1.
+use crate::cli::config::{CheckArgs, ReportOutput};
+use crate::source::load::{self, DROPS, SourceStatus};
+use crate::source::symbols::Locator;
+
+/// Enough for every program to load; nothing is counted for longer than the check takes.
+const MAP_MEMORY_BYTES: u64 = 4 << 20;
+
+/// Loads and attaches every program, takes them off again, and prints what could be done. The exit
+/// code is 0 if drops can be observed, else 1.
 ///
 /// # Errors
 /// If the report cannot be written.
-pub fn run(_args: CheckArgs) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("the check is not in this build")
+pub fn run(args: CheckArgs) -> Result<ExitCode> {
+    let (sources, problem) = match load::load(MAP_MEMORY_BYTES, false) {
+        Ok(loaded) => (loaded.sources.clone(), None),
+        Err(error) => (Vec::new(), Some(format!("{error:#}"))),
+    };
+    let mut sources = sources;
+    sources.push(Locator::new().status());
+    let report = match args.output {
+        ReportOutput::Text => text(&sources, problem.as_deref()),
+        ReportOutput::Json => {
+            let report = json!({
+                "observable": problem.is_none(),
+                "why": problem,
+                "kernel": kernel(),
+                "lockdown": lockdown(),
+                "sources": sources,
+            });
+            serde_json::to_string_pretty(&report).context("cannot write the report")? + "\n"
+        }
+    };
+    std::io::stdout().write_all(report.as_bytes()).context("cannot write the report")?;
+    Ok(if problem.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What each source is, for someone who has not read the design.
+fn meaning(source: &str) -> &'static str {
+    match source {
+        DROPS => "see every packet that the kernel drops",
+        "told_icmp" => "see which dropped packets were answered by ICMP",
+        "told_reset" => "see which dropped packets were answered by a TCP reset or ICMPv6",
+        "neighbour" => "know at once that an answer will come late",
+        load::SERVICES => "name the Service of a packet that DNAT changed",
+        load::REASONS_SOURCE => "say the kernel's own reason for a drop",
+        "locations" => "say in which kernel function a packet was dropped",
+        _ => "",
+    }
+}
+
+fn text(sources: &[SourceStatus], problem: Option<&str>) -> String {
+    let mut text = match problem {
+        None => "Drops can be observed on this node.\n".to_owned(),
+        Some(problem) => format!("Drops CANNOT be observed on this node: {problem}\n"),
+    };
+    text += &format!("kernel {}", kernel());
+    if let Some(lockdown) = lockdown().filter(|mode| mode != "none") {
+        text += &format!(", lockdown={lockdown}");
+    }
+    text += "\n\n";
+    for source in sources {
+        let mark = if source.up { "ok " } else { "NO " };
+        text += &format!("  {mark} {:<22} {}\n", source.source, meaning(source.source));
+        if let Some(hook) = &source.hook {
+            text += &format!("      {:<22} by {hook}\n", "");
+        }
+        if let Some(why) = &source.why {
+            text += &format!("      {:<22} why not: {why}\n", "");
+        }
+        if let Some(lost) = source.lost {
+            text += &format!("      {:<22} without it: {lost}\n", "");
+        }
+    }
+    text
+}
+
+fn kernel() -> String {
+    nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+/// The mode in brackets of `/sys/kernel/security/lockdown`, if the kernel has lockdown.
+fn lockdown() -> Option<String> {
+    let text = std::fs::read_to_string("/sys/kernel/security/lockdown").ok()?;
+    let (_, rest) = text.split_once('[')?;
+    Some(rest.split_once(']')?.0.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_source_is_explained_and_a_loss_is_said() {
+        let source = |source, up: bool| SourceStatus {
+            source,
+            up,
+            hook: up.then(|| "tp_btf/kfree_skb".to_owned()),
+            why: (!up).then(|| "not permitted".to_owned()),
+            lost: (!up).then_some("no drop is observed"),
+        };
+        let good = text(&[source(DROPS, true)], None);
+        assert!(good.starts_with("Drops can be observed"), "{good}");
+        assert!(good.contains("by tp_btf/kfree_skb"));
+        let bad = text(&[source(DROPS, false)], Some("no BTF"));
+        assert!(bad.contains("CANNOT") && bad.contains("no BTF"), "{bad}");
+        assert!(bad.contains("without it: no drop is observed"));
+        for name in [DROPS, "told_icmp", "told_reset", "neighbour", load::SERVICES, load::REASONS_SOURCE, "locations"] {
+            assert!(!meaning(name).is_empty(), "{name}");
+        }
+    }
 }

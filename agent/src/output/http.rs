@@ -199,7 +199,7 @@ async fn ready(Shared(state): Shared<Arc<State>>) -> Response {
 }
 
 async fn pairs(Shared(local): Shared<Local>) -> Response {
-    axum::Json(local.state.pairs()).into_response()
+    axum::Json(local.state.pairs().await).into_response()
 }
 
 async fn status(Shared(local): Shared<Local>) -> Response {

@@ -4,10 +4,12 @@
 //! |---|---|
 //! | [`stream`] | the last lines, and everyone who follows them |
 //! | [`query`] | what a reader of `/v1/drops` asks for |
+//! | [`metrics`] | every metric |
 //! | [`http`] | `/metrics` over TCP, the local API over the unix socket |
 //! | [`socket`] | a unix socket that only one agent owns |
 
 pub mod http;
+pub mod metrics;
 pub mod query;
 pub mod socket;
 pub mod stream;

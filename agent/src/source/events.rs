@@ -12,7 +12,6 @@ use whydrop_ebpf::DropEvent;
 use super::sys;
 
 /// Detail of drops, as the programs send it.
-#[derive(Debug)]
 pub struct Events {
     ring: AsyncFd<RingBuf<MapData>>,
     /// Entries of another size than an event's.
@@ -22,7 +21,7 @@ pub struct Events {
 impl Events {
     /// Registers the buffer with the runtime; must be called inside it.
     pub fn new(ring: RingBuf<MapData>) -> Result<Self> {
-        let ring = AsyncFd::with_interest(ring, Interest::READABLE)
+        let ring = AsyncFd::register_with_interest(ring, Interest::READABLE)
             .context("cannot wait for the ring buffer")?;
         Ok(Self { ring, malformed: 0 })
     }

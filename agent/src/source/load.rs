@@ -84,7 +84,6 @@ pub struct SourceStatus {
 }
 
 /// The maps, taken out of the loaded object.
-#[derive(Debug)]
 pub struct Maps {
     /// See `agent-ebpf/src/maps.rs`, which says what each is for.
     pub control: Array<MapData, Plain<Control>>,
@@ -101,7 +100,6 @@ pub struct Maps {
 }
 
 /// What stays open as long as the agent observes; dropping it detaches everything.
-#[derive(Debug)]
 pub struct Loaded {
     /// Programs and links.
     pub ebpf: Ebpf,
