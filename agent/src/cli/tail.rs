@@ -1,6 +1,7 @@
 //! `whydrop tail`: the drops of a running agent, as they happen or afterwards.
 
 use std::io::{self, IsTerminal as _, Write as _};
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use hyper::StatusCode;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
 
 use crate::cli::client::{self, ClientError};
 use crate::cli::config::{Color, Output, TailArgs};
@@ -239,11 +240,14 @@ impl Stdout {
 
 /// Returns when nobody reads the pipe or socket any more; for files, and terminals that stay,
 /// never. So `tail -f | head -1` ends at once, not with the next drop.
-async fn closed(output: impl std::os::fd::AsFd) {
-    // A file cannot be polled: then there is nothing to wait for.
-    if let Ok(output) = AsyncFd::register_with_interest(output, Interest::ERROR) {
-        let _ = output.ready(Interest::ERROR).await;
-    } else {
-        std::future::pending().await
+async fn closed(output: impl AsFd) {
+    // A descriptor of its own, which is only waited on and never written: so the mode of the
+    // shared pipe stays as it is. A file cannot be waited on, and is never closed by a reader.
+    let output = output.as_fd().try_clone_to_owned();
+    if let Ok(pipe) = output.and_then(|fd| pipe::Sender::from_file_unchecked(fd.into()))
+        && pipe.ready(Interest::ERROR).await.is_ok()
+    {
+        return;
     }
+    std::future::pending().await
 }
