@@ -46,7 +46,7 @@ pub fn original_destination(nfct: u64, key: &mut FlowKey) {
     }
 }
 
-#[inline(never)]
+#[inline(always)]
 fn translated(entry: u64, key: &mut FlowKey) {
     let mut original = TupleHash::default();
     if unsafe { copy(&mut original, entry + u64::from(offset!(ct_tuplehash))) }

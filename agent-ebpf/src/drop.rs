@@ -8,16 +8,17 @@ use aya_ebpf::maps::PerCpuHashMap;
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use aya_log_ebpf::debug;
 use whydrop_ebpf::{
-    Cpu, DropEvent, EVENTS_PER_FLOW, FLAG_LOCAL_DATAGRAM, FlowCount, FlowKey, KIND_DNS,
+    Control, Cpu, DropEvent, EVENTS_PER_FLOW, FLAG_LOCAL_DATAGRAM, FlowCount, FlowKey, KIND_DNS,
     KIND_PACKET, MISSING, OverflowCount, OverflowKey, REASONS, SNAP_LEN, TOLD_NAMED, TOLD_SEEN, UNTOLD,
 };
 
 use crate::access::{copy, field};
 use crate::conntrack;
 use crate::maps::{
-    BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, offset,
+    BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, WORK, WORK_DROP,
+    offset,
 };
-use crate::packet::{self, Packet, TCP, UDP};
+use crate::packet::{self, Packet, TCP, UDP, Work};
 use crate::told;
 
 /// `tp_btf`: `skb`, `location`, and since 5.17 `reason`.
@@ -38,10 +39,12 @@ pub fn kfree_skb_raw(ctx: RawTracePointContext) -> i32 {
 
 #[inline(always)]
 unsafe fn count<C, const TYPED: bool>(ctx: &C, skb: *const u8, location: u64, reason: u32) {
-    let (Some(cpu), Some(control)) = (CPU.get_ptr_mut(0), CONTROL.get_ptr(0)) else {
-        return; // Element 0 always exists.
+    let (Some(cpu), Some(control), Some(work)) =
+        (CPU.get_ptr_mut(0), CONTROL.get_ptr(0), WORK.get_ptr_mut(WORK_DROP))
+    else {
+        return; // These elements always exist.
     };
-    let (cpu, control) = unsafe { (&mut *cpu, &*control) };
+    let (cpu, control, work) = unsafe { (&mut *cpu, &*control, &mut *work) };
     cpu.drops += 1;
     if is_benign(reason) {
         if let Some(packets) = BENIGN_COUNT.get_ptr_mut(reason) {
@@ -49,12 +52,31 @@ unsafe fn count<C, const TYPED: bool>(ctx: &C, skb: *const u8, location: u64, re
         }
         return;
     }
+    if work.busy != 0 {
+        cpu.missed += 1;
+        return;
+    }
+    work.busy = 1;
+    unsafe { count_flow::<_, TYPED>(ctx, skb, location, reason, cpu, control, work) };
+    work.busy = 0;
+}
 
-    let mut key = FlowKey { location, reason, ..FlowKey::default() };
-    let packet = unsafe { packet::read::<TYPED>(skb, &mut key) };
-    unsafe { place::<TYPED>(skb, &mut key) };
+#[inline(always)]
+unsafe fn count_flow<C, const TYPED: bool>(
+    ctx: &C,
+    skb: *const u8,
+    location: u64,
+    reason: u32,
+    cpu: &mut Cpu,
+    control: &Control,
+    work: &mut Work,
+) {
+    work.key = FlowKey { location, reason, ..FlowKey::default() };
+    unsafe { packet::read::<TYPED>(skb, work) };
     let nfct = unsafe { conntrack::nfct::<TYPED>(skb) };
-    conntrack::original_destination(nfct, &mut key);
+    let Work { key, packet, .. } = work;
+    unsafe { place::<TYPED>(skb, key) };
+    conntrack::original_destination(nfct, key);
     if key.original_destination_port == 53 && key.protocol == UDP && key.kind == KIND_PACKET {
         key.kind = KIND_DNS; // A query that DNAT sent to another port.
     }
@@ -62,21 +84,25 @@ unsafe fn count<C, const TYPED: bool>(ctx: &C, skb: *const u8, location: u64, re
         debug!(ctx, "no IP header: ethertype {:x} reason {}", packet.ethertype, reason);
     }
     // Nobody is told of the loss of an answer (RFC 1122, 3.2.2; RFC 9293, 3.10.7.1).
-    let told = if packet.is_answer {
+    let told = if packet.is_answer != 0 {
         UNTOLD
     } else {
-        told::was_told(cpu, skb as u64, conntrack::entry(nfct), &key)
+        told::was_told(cpu, skb, conntrack::entry(nfct), key)
     };
 
     cpu.counted += 1;
     // One map each generation; both branches end in the same lines.
     let before = if control.generation & 1 == 0 {
-        add(&FLOWS_0, &key, told)
+        add(&FLOWS_0, key, told)
     } else {
-        add(&FLOWS_1, &key, told)
+        add(&FLOWS_1, key, told)
     };
     let Some(before) = before else {
-        overflow(cpu, &key, told);
+        cpu.overflow += 1;
+        if !overflow(key, told) {
+            cpu.unplaced += 1;
+            cpu.unplaced_told += u64::from(told != UNTOLD);
+        }
         return;
     };
     if before >= EVENTS_PER_FLOW {
@@ -92,7 +118,7 @@ unsafe fn count<C, const TYPED: bool>(ctx: &C, skb: *const u8, location: u64, re
         return;
     }
     cpu.events += 1;
-    if !unsafe { send::<TYPED>(skb, &key, &packet, told, control.generation) } {
+    if !unsafe { send::<TYPED>(skb, key, packet, told, control.generation) } {
         cpu.ring_full += 1;
     }
 }
@@ -163,10 +189,9 @@ fn one(told: u8) -> FlowCount {
     }
 }
 
-/// Counts a packet without its flow.
+/// Counts a packet without its flow; false if there is no room for that either.
 #[inline(never)]
-fn overflow(cpu: &mut Cpu, key: &FlowKey, told: u8) {
-    cpu.overflow += 1;
+fn overflow(key: &FlowKey, told: u8) -> bool {
     let coarse = OverflowKey {
         location: key.location,
         reason: key.reason,
@@ -180,20 +205,16 @@ fn overflow(cpu: &mut Cpu, key: &FlowKey, told: u8) {
     if found.is_none() {
         let count = OverflowCount { packets: 1, told };
         if OVERFLOW.insert(coarse, count, BPF_NOEXIST.into()).is_ok() {
-            return;
+            return true;
         }
         found = OVERFLOW.get_ptr_mut(coarse);
     }
-    match found {
-        Some(count) => unsafe {
-            (*count).packets += 1;
-            (*count).told += told;
-        },
-        None => {
-            cpu.unplaced += 1;
-            cpu.unplaced_told += told;
-        }
+    let Some(count) = found else { return false };
+    unsafe {
+        (*count).packets += 1;
+        (*count).told += told;
     }
+    true
 }
 
 /// Sends one event; false if the ring buffer is full.

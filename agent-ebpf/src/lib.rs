@@ -209,6 +209,10 @@ pub struct Cpu {
     pub events_generation: u64,
     /// Events sent in that generation.
     pub events: u64,
+    /// Runs that found the program already running on this CPU (before 6.1).
+    pub missed: u64,
+    /// A pointer on its way to being a number.
+    pub scratch: u64,
     /// Answers that wait for their drop.
     pub answers: [Answer; ANSWER_SLOTS],
 }
@@ -322,5 +326,5 @@ const _: () = assert!(size_of::<OverflowCount>() == 16);
 const _: () = assert!(size_of::<DropEvent>() == 80 + 8 + 8 + 8 + 16 + SNAP_LEN);
 const _: () = assert!(size_of::<Control>() == 16);
 const _: () = assert!(size_of::<Answer>() == 56);
-const _: () = assert!(size_of::<Cpu>() == 13 * 8 + ANSWER_SLOTS * 56);
+const _: () = assert!(size_of::<Cpu>() == 15 * 8 + ANSWER_SLOTS * 56);
 const _: () = assert!(size_of::<TupleHash>() == 56);

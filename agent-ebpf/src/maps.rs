@@ -6,6 +6,8 @@ use whydrop_ebpf::{
     Control, Cpu, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS,
 };
 
+use crate::packet::Work;
+
 /// Set by the loader from the running kernel's BTF.
 #[unsafe(no_mangle)]
 pub static OFFSETS: Offsets = Offsets::NONE;
@@ -51,6 +53,15 @@ pub static BENIGN_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON
 /// What each CPU keeps for itself.
 #[map]
 pub static CPU: PerCpuArray<Cpu> = PerCpuArray::with_max_entries(1, 0);
+
+/// Room for the packet at hand: [0] of the drop programs, [1] of those at `net_dev_queue`, which can
+/// interrupt one another.
+#[map]
+pub static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(2, 0);
+/// The drop programs' element.
+pub const WORK_DROP: u32 = 0;
+/// The element at `net_dev_queue`.
+pub const WORK_SENT: u32 = 1;
 
 /// Detail of drops on its way to the agent. Its size is set by the loader.
 #[map]

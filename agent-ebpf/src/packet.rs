@@ -41,16 +41,37 @@ const PORT_GENEVE: u16 = 6081;
 pub type Header = [u8; 64];
 
 /// Where an `sk_buff` keeps its linear bytes; offsets count from `head`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
 pub struct Buffer {
     head: u64,
     tail: u32,
     data: u32,
     mac: u32,
-    pub ethertype: u16,
+    ethertype: u32,
+}
+
+/// What is being found out about one packet.
+///
+/// It lives in a per-CPU map, not on the stack: the verifier follows every constant on the stack
+/// along every path through the headers and gives up, but forgets what is written to a map.
+#[repr(C)]
+pub struct Work {
+    /// What the packet is counted by.
+    pub key: FlowKey,
+    pub packet: Packet,
+    buffer: Buffer,
+    header: Header,
+    /// See [`forget`].
+    offset: u32,
+    /// The program runs on this CPU. From 6.1 on the kernel itself keeps a program from
+    /// interrupting itself.
+    pub busy: u64,
 }
 
 /// What is known of a packet beside its key.
-#[derive(Clone, Copy)]
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
 pub struct Packet {
     /// Address of the outermost IP header; 0 if there is none.
     pub address: u64,
@@ -59,67 +80,77 @@ pub struct Packet {
     pub source_port: u16,
     pub ethertype: u16,
     pub tcp_flags: u8,
-    /// A RST or an ICMP error: nobody is told of its loss.
-    pub is_answer: bool,
+    /// 1 for a RST or an ICMP error: nobody is told of its loss.
+    pub is_answer: u8,
 }
 
-/// Where a parsed IP header ends.
-struct Transport {
-    /// Offset from `head`.
-    offset: u32,
-    protocol: u8,
-}
-
-/// Finds the headers of `skb` and fills in addresses, protocol, port, kind and flags.
+/// Finds the headers of `skb` and fills in addresses, protocol, port, kind and flags. `work.key` was
+/// cleared before.
 ///
 /// # Safety
 /// `skb` is the tracepoint's argument.
 #[inline(always)]
-pub unsafe fn read<const TYPED: bool>(skb: *const u8, key: &mut FlowKey) -> Packet {
-    let mut packet = Packet {
-        address: 0,
-        len: 0,
-        source_port: 0,
-        ethertype: 0,
-        tcp_flags: 0,
-        is_answer: false,
-    };
-    key.kind = KIND_PACKET;
-    let mut buffer = unsafe {
+pub unsafe fn read<const TYPED: bool>(skb: *const u8, work: &mut Work) {
+    let ethertype = u16::from_be(unsafe { field::<u16, TYPED>(skb, offset!(skb_protocol)) });
+    work.key.kind = KIND_PACKET;
+    work.packet = Packet { ethertype, ..Packet::default() };
+    work.buffer = unsafe {
         Buffer {
             head: field::<u64, TYPED>(skb, offset!(skb_head)),
             tail: field::<u32, TYPED>(skb, offset!(skb_tail)),
             data: 0,
             mac: 0,
-            ethertype: u16::from_be(field::<u16, TYPED>(skb, offset!(skb_protocol))),
+            ethertype: ethertype.into(),
         }
     };
-    packet.ethertype = buffer.ethertype;
-    let mut header: Header = [0; 64];
     let mut at = u32::from(unsafe { field::<u16, TYPED>(skb, offset!(skb_network_header)) });
     let plain = at != 0
-        && at + 20 <= buffer.tail
-        && unsafe { copy(&mut header, buffer.head + u64::from(at)) }
-        && version_of(buffer.ethertype) == header[0] >> 4;
+        && at + 20 <= work.buffer.tail
+        && load(work, at)
+        && version_of(ethertype) == work.header[0] >> 4;
     if !plain {
         unsafe {
-            buffer.data = field::<u64, TYPED>(skb, offset!(skb_data)).wrapping_sub(buffer.head) as u32;
-            buffer.mac = u32::from(field::<u16, TYPED>(skb, offset!(skb_mac_header)));
+            let data = field::<u64, TYPED>(skb, offset!(skb_data));
+            work.buffer.data = data.wrapping_sub(work.buffer.head) as u32;
+            work.buffer.mac = u32::from(field::<u16, TYPED>(skb, offset!(skb_mac_header)));
         }
-        at = search(&buffer, at);
-        if at == 0 || !unsafe { copy(&mut header, buffer.head + u64::from(at)) } {
-            return packet;
+        at = search(work, at);
+        at = forget(work, at);
+        if at == 0 || !load(work, at) {
+            return;
         }
     }
-    packet.address = buffer.head + u64::from(at);
-    packet.len = buffer.tail.saturating_sub(at);
-    let Some(transport) = ip(&buffer, at, &mut header, key, &mut packet) else {
-        return packet;
-    };
-    if is_tunnel(transport.protocol, key) {
-        innermost(&buffer, transport.offset, key, &mut packet);
+    work.packet.address = work.buffer.head + u64::from(at);
+    work.packet.len = work.buffer.tail.saturating_sub(at);
+    let transport = ip(work, at);
+    if transport == 0 || !is_tunnel(&work.key) {
+        return;
     }
-    packet
+    at = inner(work, transport);
+    // Two tunnels in one another are seen in the field.
+    for _ in 0..2 {
+        at = forget(work, at);
+        if at == 0 {
+            break;
+        }
+        at = inside(work, at);
+    }
+}
+
+/// Reads the bytes at offset `at`; also past the packet's end, which whoever looks at them checks.
+#[inline(always)]
+fn load(work: &mut Work, at: u32) -> bool {
+    unsafe { copy(&mut work.header, work.buffer.head + u64::from(at)) }
+}
+
+/// Makes the verifier forget what it knows of an offset: with it, each path through the headers is
+/// one more state to follow.
+#[inline(always)]
+fn forget(work: &mut Work, at: u32) -> u32 {
+    unsafe {
+        (&raw mut work.offset).write_volatile(at);
+        (&raw const work.offset).read_volatile()
+    }
 }
 
 /// The IP version that an EtherType announces; 0xff for none, which no header has.
@@ -135,36 +166,39 @@ fn version_of(ethertype: u16) -> u8 {
 /// Looks for the IP header where the network header is not set, or is not one: before the IP layer
 /// (a driver, XDP), at a VLAN tag, at tc. Returns its offset from `head`, or 0.
 #[inline(never)]
-fn search(buffer: &Buffer, network: u32) -> u32 {
+fn search(work: &Work, network: u32) -> u32 {
+    let buffer = &work.buffer;
     // 0xffff: the MAC header is not set (include/linux/skbuff.h, skb_mac_header_was_set).
     if buffer.mac != 0xffff {
-        let at = ethernet(buffer, buffer.mac);
+        let at = ethernet(work, buffer.mac);
         if at != 0 {
             return at;
         }
     }
     // A VLAN tag in place of the network header: two bytes of tag, then the real EtherType.
-    if network != 0 && (buffer.ethertype == ETH_P_8021Q || buffer.ethertype == ETH_P_8021AD) {
-        let at = behind_type(buffer, network + 2);
+    let ethertype = buffer.ethertype as u16;
+    if network != 0 && (ethertype == ETH_P_8021Q || ethertype == ETH_P_8021AD) {
+        let at = behind_type(work, network + 2);
         if at != 0 {
             return at;
         }
     }
-    if is_ip(buffer, buffer.data, version_of(buffer.ethertype)) {
+    if is_ip(work, buffer.data, version_of(ethertype)) {
         return buffer.data;
     }
-    ethernet(buffer, buffer.data)
+    ethernet(work, buffer.data)
 }
 
 /// The IP header behind an Ethernet header at `at`, or 0.
 #[inline(always)]
-fn ethernet(buffer: &Buffer, at: u32) -> u32 {
-    behind_type(buffer, at.wrapping_add(12))
+fn ethernet(work: &Work, at: u32) -> u32 {
+    behind_type(work, at.wrapping_add(12))
 }
 
 /// The IP header behind an EtherType at `at`, over up to two VLAN tags, or 0.
 #[inline(never)]
-fn behind_type(buffer: &Buffer, mut at: u32) -> u32 {
+fn behind_type(work: &Work, mut at: u32) -> u32 {
+    let buffer = &work.buffer;
     for _ in 0..3 {
         let mut ethertype = 0u16;
         if at.wrapping_add(2) > buffer.tail
@@ -175,7 +209,7 @@ fn behind_type(buffer: &Buffer, mut at: u32) -> u32 {
         match u16::from_be(ethertype) {
             ETH_P_8021Q | ETH_P_8021AD => at += 4,
             ethertype => {
-                return if is_ip(buffer, at + 2, version_of(ethertype)) { at + 2 } else { 0 };
+                return if is_ip(work, at + 2, version_of(ethertype)) { at + 2 } else { 0 };
             }
         }
     }
@@ -184,92 +218,74 @@ fn behind_type(buffer: &Buffer, mut at: u32) -> u32 {
 
 /// Whether an IP header of this version can begin at `at`.
 #[inline(always)]
-fn is_ip(buffer: &Buffer, at: u32, version: u8) -> bool {
+fn is_ip(work: &Work, at: u32, version: u8) -> bool {
+    let buffer = &work.buffer;
     let mut first = 0u8;
-    at != 0
-        && at.wrapping_add(20) <= buffer.tail
+    at.wrapping_add(20) <= buffer.tail
         && unsafe { copy(&mut first, buffer.head + u64::from(at)) }
         && first >> 4 == version
 }
 
-/// Reads the IP header in `header`, which begins at offset `at`, and the transport header behind
-/// it. `None` where there is no transport header to read.
+/// Reads the IP header in `work.header`, which begins at offset `at`, and the transport header
+/// behind it. Returns the transport header's offset; 0 where there is none to read.
 #[inline(always)]
-fn ip(
-    buffer: &Buffer,
-    at: u32,
-    header: &mut Header,
-    key: &mut FlowKey,
-    packet: &mut Packet,
-) -> Option<Transport> {
-    let len = buffer.tail.saturating_sub(at);
-    key.source = [0; 16];
-    key.destination = [0; 16];
-    key.destination_port = 0;
-    key.kind = KIND_PACKET;
-    packet.source_port = 0;
-    packet.tcp_flags = 0;
-    packet.is_answer = false;
+fn ip(work: &mut Work, at: u32) -> u32 {
+    let len = work.buffer.tail.saturating_sub(at);
+    let Work { key, packet, header, .. } = work;
     if header[0] >> 4 == 4 {
         let words = header[0] & 0xf;
         if words < 5 {
-            return None;
+            return 0;
         }
         key.ip_version = 4;
         key.protocol = header[9];
-        key.source[..4].copy_from_slice(&header[12..16]);
-        key.destination[..4].copy_from_slice(&header[16..20]);
+        key.source = v4(header, 12);
+        key.destination = v4(header, 16);
         // Fragment offset: only the first has the transport header.
         if be16(header, 6) & 0x1fff != 0 {
             key.flags |= FLAG_FRAGMENT;
-            return None;
+            return 0;
         }
         if words == 5 {
             transport::<20>(header, len, key, packet);
-            return Some(Transport { offset: at + 20, protocol: key.protocol });
+            return at + 20;
         }
-        let offset = at + u32::from(words) * 4;
-        let protocol = key.protocol;
-        far_transport(buffer, offset, protocol, header, key, packet)
+        far_transport(work, at + u32::from(words) * 4)
     } else {
         if len < 40 {
-            return None;
+            return 0;
         }
         key.ip_version = 6;
         key.protocol = header[6];
-        key.source.copy_from_slice(&header[8..24]);
-        key.destination.copy_from_slice(&header[24..40]);
+        key.source = v6(header, 8);
+        key.destination = v6(header, 24);
         if !is_extension(header[6]) {
             transport::<40>(header, len, key, packet);
-            return Some(Transport { offset: at + 40, protocol: key.protocol });
+            return at + 40;
         }
-        let end = behind_extensions(buffer, at + 40, header[6]);
-        // The protocol in the low byte, whether it is a later fragment in the next, the offset above.
-        let protocol = end as u8;
-        key.protocol = protocol;
+        // The protocol in the low byte, whether it is a later fragment in the next, the offset
+        // above.
+        let end = behind_extensions(&work.buffer, at + 40, work.header[6]);
+        let key = &mut work.key;
+        key.protocol = end as u8;
         if end & 0x100 != 0 {
             key.flags |= FLAG_FRAGMENT;
-            return None;
+            return 0;
         }
-        far_transport(buffer, (end >> 16) as u32, protocol, header, key, packet)
+        far_transport(work, (end >> 16) as u32)
     }
 }
 
 /// Reads a transport header that is not at one of the two usual places.
 #[inline(always)]
-fn far_transport(
-    buffer: &Buffer,
-    offset: u32,
-    protocol: u8,
-    header: &mut Header,
-    key: &mut FlowKey,
-    packet: &mut Packet,
-) -> Option<Transport> {
-    if offset >= buffer.tail || !unsafe { copy(header, buffer.head + u64::from(offset)) } {
-        return None;
+fn far_transport(work: &mut Work, offset: u32) -> u32 {
+    let offset = forget(work, offset);
+    if offset >= work.buffer.tail || !load(work, offset) {
+        return 0;
     }
+    let Work { key, packet, header, buffer, .. } = work;
     transport::<0>(header, buffer.tail - offset, key, packet);
-    Some(Transport { offset, protocol })
+    offset
 }
 
 /// Whether an IPv6 next header is an extension header (RFC 8200, section 4).
@@ -327,7 +343,7 @@ fn transport<const BASE: usize>(header: &Header, len: u32, key: &mut FlowKey, pa
                 if packet.tcp_flags & (TCP_SYN | TCP_ACK) == TCP_SYN {
                     key.kind = KIND_SYN;
                 }
-                packet.is_answer = packet.tcp_flags & TCP_RST != 0;
+                packet.is_answer = u8::from(packet.tcp_flags & TCP_RST != 0);
             }
         }
         UDP => {
@@ -344,12 +360,12 @@ fn transport<const BASE: usize>(header: &Header, len: u32, key: &mut FlowKey, pa
         ICMP => {
             key.destination_port = be16(header, BASE);
             // Unreachable, source quench, redirect, time exceeded, parameter problem (RFC 792).
-            packet.is_answer = matches!(header[BASE], 3 | 4 | 5 | 11 | 12);
+            packet.is_answer = u8::from(matches!(header[BASE], 3 | 4 | 5 | 11 | 12));
         }
         ICMPV6 => {
             key.destination_port = be16(header, BASE);
             // RFC 4443, section 2.1: errors have a type below 128.
-            packet.is_answer = header[BASE] < 128;
+            packet.is_answer = u8::from(header[BASE] < 128);
         }
         _ => {}
     }
@@ -363,47 +379,50 @@ fn is_query<const BASE: usize>(header: &Header, len: u32) -> bool {
 
 /// Whether the transport header can be that of a tunnel.
 #[inline(always)]
-fn is_tunnel(protocol: u8, key: &FlowKey) -> bool {
-    match protocol {
+fn is_tunnel(key: &FlowKey) -> bool {
+    match key.protocol {
         UDP => matches!(key.destination_port, PORT_VXLAN | PORT_VXLAN_LINUX | PORT_GENEVE),
         IPIP | IPV6 | GRE => true,
         _ => false,
     }
 }
 
-/// Follows tunnels to the innermost IP header, and fills in its flow instead of the outer one's.
+/// Fills in the flow of the packet at `at`, inside a tunnel, instead of the outer one's. Returns the
+/// offset of the IP header inside this one, 0 if it is the innermost.
+///
+/// It returns something that is used, as every function here that is not inlined: the verifier
+/// refuses one that leaves a pointer to its stack in the return register.
 #[inline(never)]
-fn innermost(buffer: &Buffer, mut offset: u32, key: &mut FlowKey, packet: &mut Packet) {
-    // Two tunnels in one another are seen in the field (IPsec in VXLAN is not readable anyway).
-    for _ in 0..2 {
-        let at = inner(buffer, offset, key.protocol, key.destination_port);
-        let mut header: Header = [0; 64];
-        if at == 0 || !unsafe { copy(&mut header, buffer.head + u64::from(at)) } {
-            return;
-        }
-        key.flags = (key.flags | FLAG_ENCAPSULATED) & !FLAG_FRAGMENT;
-        let Some(transport) = ip(buffer, at, &mut header, key, packet) else {
-            return;
-        };
-        if !is_tunnel(transport.protocol, key) {
-            return;
-        }
-        offset = transport.offset;
+fn inside(work: &mut Work, at: u32) -> u32 {
+    if !load(work, at) {
+        return 0;
     }
+    work.key.flags = FLAG_ENCAPSULATED;
+    work.key.destination_port = 0;
+    work.key.kind = KIND_PACKET;
+    work.packet.source_port = 0;
+    work.packet.tcp_flags = 0;
+    work.packet.is_answer = 0;
+    let transport = ip(work, at);
+    if transport == 0 || !is_tunnel(&work.key) {
+        return 0;
+    }
+    inner(work, transport)
 }
 
 /// The IP header inside the tunnel whose transport header is at `offset`, or 0.
 #[inline(never)]
-fn inner(buffer: &Buffer, offset: u32, protocol: u8, port: u16) -> u32 {
+fn inner(work: &Work, offset: u32) -> u32 {
+    let buffer = &work.buffer;
     let mut header = [0u8; 12];
     if offset.wrapping_add(12) > buffer.tail
         || !unsafe { copy(&mut header, buffer.head + u64::from(offset)) }
     {
         return 0;
     }
-    match protocol {
-        IPIP if is_ip(buffer, offset, 4) => offset,
-        IPV6 if is_ip(buffer, offset, 6) => offset,
+    match work.key.protocol {
+        IPIP if is_ip(work, offset, 4) => offset,
+        IPV6 if is_ip(work, offset, 6) => offset,
         GRE => {
             // RFC 2784 and 2890: checksum, key and sequence number are four bytes each.
             let flags = u16::from_be_bytes([header[0], header[1]]);
@@ -412,25 +431,25 @@ fn inner(buffer: &Buffer, offset: u32, protocol: u8, port: u16) -> u32 {
             }
             let optional = (flags >> 15 & 1) + (flags >> 13 & 1) + (flags >> 12 & 1);
             let at = offset + 4 + u32::from(optional) * 4;
-            behind_ethertype(buffer, at, u16::from_be_bytes([header[2], header[3]]))
+            behind_ethertype(work, at, u16::from_be_bytes([header[2], header[3]]))
         }
         // RFC 8926, section 3.4: the options' length is in units of four bytes.
-        UDP if port == PORT_GENEVE => {
+        UDP if work.key.destination_port == PORT_GENEVE => {
             let at = offset + 16 + u32::from(header[8] & 0x3f) * 4;
-            behind_ethertype(buffer, at, u16::from_be_bytes([header[10], header[11]]))
+            behind_ethertype(work, at, u16::from_be_bytes([header[10], header[11]]))
         }
         // RFC 7348, section 5: the I flag must be set; eight bytes, then Ethernet.
-        UDP if header[8] & 0x08 != 0 => ethernet(buffer, offset + 16),
+        UDP if header[8] & 0x08 != 0 => ethernet(work, offset + 16),
         _ => 0,
     }
 }
 
 /// The IP header at `at`, directly or behind Ethernet, as `ethertype` says; or 0.
 #[inline(always)]
-fn behind_ethertype(buffer: &Buffer, at: u32, ethertype: u16) -> u32 {
+fn behind_ethertype(work: &Work, at: u32, ethertype: u16) -> u32 {
     if ethertype == ETH_P_TEB {
-        ethernet(buffer, at)
-    } else if is_ip(buffer, at, version_of(ethertype)) {
+        ethernet(work, at)
+    } else if is_ip(work, at, version_of(ethertype)) {
         at
     } else {
         0
@@ -442,31 +461,48 @@ fn be16(header: &Header, at: usize) -> u16 {
     u16::from_be_bytes([header[at], header[at + 1]])
 }
 
-/// Fills in the flow of the packet that an ICMP error quotes `offset` bytes into `packet`; false if
-/// it quotes none. Its transport header is right behind, except after options, where ports are left.
+/// An IPv4 address as keys have it: four bytes, then zeroes.
 #[inline(always)]
-pub fn quoted(packet: &Packet, offset: u32, key: &mut FlowKey) -> bool {
-    let mut header: Header = [0; 64];
-    if packet.len < offset + 20
-        || !unsafe { copy(&mut header, packet.address + u64::from(offset)) }
-        || header[0] >> 4 != key.ip_version
+fn v4(header: &Header, at: usize) -> [u8; 16] {
+    let mut address = [0; 16];
+    address[..4].copy_from_slice(&header[at..at + 4]);
+    address
+}
+
+#[inline(always)]
+fn v6(header: &Header, at: usize) -> [u8; 16] {
+    let mut address = [0; 16];
+    address.copy_from_slice(&header[at..at + 16]);
+    address
+}
+
+/// Puts the flow of the packet that an ICMP error quotes in the place of the error's own; false if
+/// it quotes none. The error's IP header has no options where this kernel made it; then there are 8
+/// bytes of ICMP (RFC 792; RFC 4443, section 3.1).
+#[inline(always)]
+pub fn quoted(work: &mut Work) -> bool {
+    let offset: u32 = if work.key.ip_version == 4 { 20 + 8 } else { 40 + 8 };
+    if work.packet.len < offset + 20
+        || !unsafe { copy(&mut work.header, work.packet.address + u64::from(offset)) }
+        || work.header[0] >> 4 != work.key.ip_version
     {
         return false;
     }
-    let mut inner = *packet;
-    let len = packet.len - offset;
+    let len = work.packet.len - offset;
+    let Work { key, packet, header, .. } = work;
+    key.destination_port = 0;
     if key.ip_version == 4 {
         key.protocol = header[9];
-        key.source[..4].copy_from_slice(&header[12..16]);
-        key.destination[..4].copy_from_slice(&header[16..20]);
+        key.source = v4(header, 12);
+        key.destination = v4(header, 16);
         if header[0] & 0xf == 5 {
-            transport::<20>(&header, len, key, &mut inner);
+            transport::<20>(header, len, key, packet);
         }
     } else {
         key.protocol = header[6];
-        key.source.copy_from_slice(&header[8..24]);
-        key.destination.copy_from_slice(&header[24..40]);
-        transport::<40>(&header, len, key, &mut inner);
+        key.source = v6(header, 8);
+        key.destination = v6(header, 24);
+        transport::<40>(header, len, key, packet);
     }
     true
 }

@@ -20,7 +20,7 @@ use whydrop_ebpf::{
 
 use crate::access::field;
 use crate::conntrack;
-use crate::maps::{CONTROL, CPU, FLOWS_0, FLOWS_1, offset};
+use crate::maps::{CONTROL, CPU, FLOWS_0, FLOWS_1, WORK, WORK_SENT, offset};
 use crate::packet;
 
 /// An answer is older than its drop by microseconds, more only if the sender's task was preempted
@@ -77,11 +77,13 @@ fn neighbour_waits() -> i32 {
 
 /// Notes that the packet in `skb` is answered. Redirects and echo replies tell of no loss.
 #[inline(always)]
-fn named(skb: u64, icmp_type: i32) {
+fn named(skb: *const u8, icmp_type: i32) {
     if matches!(icmp_type, 3 | 11 | 12)
         && let Some(cpu) = CPU.get_ptr_mut(0)
     {
-        let slot = unsafe { &mut (*cpu).answers[slot_of(skb)] };
+        let cpu = unsafe { &mut *cpu };
+        let skb = address(cpu, skb);
+        let slot = &mut cpu.answers[slot_of(skb)];
         slot.skb = skb;
         slot.nfct = 0;
         slot.mono_ns = unsafe { bpf_ktime_get_ns() };
@@ -109,32 +111,31 @@ unsafe fn sent<const TYPED: bool>(skb: *const u8) {
 }
 
 /// Parses a packet that may be an answer, and notes which one it answers.
-#[inline(never)]
+#[inline(always)]
 unsafe fn answer<const TYPED: bool>(skb: *const u8) {
-    let mut own = FlowKey::default();
-    let packet = unsafe { packet::read::<TYPED>(skb, &mut own) };
-    if !packet.is_answer || own.flags & FLAG_ENCAPSULATED != 0 {
+    let (Some(cpu), Some(control), Some(work)) =
+        (CPU.get_ptr_mut(0), CONTROL.get_ptr(0), WORK.get_ptr_mut(WORK_SENT))
+    else {
+        return; // These elements always exist.
+    };
+    let (cpu, control, work) = unsafe { (&mut *cpu, &*control, &mut *work) };
+    work.key = FlowKey::default();
+    unsafe { packet::read::<TYPED>(skb, work) };
+    if work.packet.is_answer == 0 || work.key.flags & FLAG_ENCAPSULATED != 0 {
         return;
     }
-    let (Some(cpu), Some(control)) = (CPU.get_ptr_mut(0), CONTROL.get_ptr(0)) else {
+    if work.key.protocol == packet::TCP {
+        // The packet that it answers went the other way.
+        (work.key.source, work.key.destination) = (work.key.destination, work.key.source);
+        work.key.destination_port = work.packet.source_port;
+    } else if !packet::quoted(work) {
         return;
-    };
-    let (cpu, control) = unsafe { (&mut *cpu, &*control) };
-    let mut key = FlowKey {
-        kind: KIND_ANSWER,
-        ip_version: own.ip_version,
-        protocol: own.protocol,
-        ..FlowKey::default()
-    };
+    }
+    let key = &mut work.key;
+    key.kind = KIND_ANSWER;
+    key.flags = 0;
     let nfct = conntrack::entry(unsafe { conntrack::nfct::<TYPED>(skb) });
-    if own.protocol == packet::TCP {
-        key.source = own.destination;
-        key.destination = own.source;
-        key.destination_port = packet.source_port;
-    } else if !quoted(&packet, &mut key) {
-        return;
-    }
-    let slot = &mut cpu.answers[slot_of(if nfct != 0 { nfct } else { fold(&key) })];
+    let slot = &mut cpu.answers[slot_of(if nfct != 0 { nfct } else { fold(key) })];
     slot.skb = 0;
     slot.nfct = nfct;
     slot.source = key.source;
@@ -144,12 +145,12 @@ unsafe fn answer<const TYPED: bool>(skb: *const u8) {
     cpu.answers_seen += 1;
     // After NAT the answer's own addresses are not those of the packet where it was dropped.
     if nfct != 0 {
-        conntrack::filtered_flow(nfct, &mut key);
+        conntrack::filtered_flow(nfct, key);
     }
     let counted = if control.generation & 1 == 0 {
-        add(&FLOWS_0, &key)
+        add(&FLOWS_0, key)
     } else {
-        add(&FLOWS_1, &key)
+        add(&FLOWS_1, key)
     };
     if !counted {
         cpu.answers_lost += 1;
@@ -175,19 +176,10 @@ fn add(flows: &PerCpuHashMap<FlowKey, FlowCount>, key: &FlowKey) -> bool {
     }
 }
 
-/// Fills in the flow of the packet that an ICMP or ICMPv6 error quotes; false if it quotes none.
-#[inline(always)]
-fn quoted(packet: &packet::Packet, key: &mut FlowKey) -> bool {
-    // The error's own IP header has no options where this kernel made it; then 8 bytes of ICMP
-    // (RFC 792; RFC 4443, section 3.1).
-    let own_header = if key.ip_version == 4 { 20 } else { 40 };
-    let offset = own_header + 8;
-    packet::quoted(packet, offset, key)
-}
-
 /// Whether the packet that is freed now was answered on this CPU just before.
 #[inline(always)]
-pub fn was_told(cpu: &mut Cpu, skb: u64, nfct: u64, key: &FlowKey) -> u8 {
+pub fn was_told(cpu: &mut Cpu, skb: *const u8, nfct: u64, key: &FlowKey) -> u8 {
+    let skb = address(cpu, skb);
     let slot = &mut cpu.answers[slot_of(skb)];
     if slot.mono_ns != 0 && slot.skb == skb {
         return if take(slot) { TOLD_NAMED } else { UNTOLD };
@@ -207,6 +199,16 @@ fn take(slot: &mut Answer) -> bool {
     let age_ns = unsafe { bpf_ktime_get_ns() } - slot.mono_ns;
     slot.mono_ns = 0;
     age_ns < ANSWER_MAX_AGE_NS
+}
+
+/// A kernel pointer as a number: the verifier lets no one calculate with a typed pointer, and forgets
+/// the type of what has been in a map.
+#[inline(always)]
+fn address(cpu: &mut Cpu, pointer: *const u8) -> u64 {
+    unsafe {
+        (&raw mut cpu.scratch).write_volatile(pointer as u64);
+        (&raw const cpu.scratch).read_volatile()
+    }
 }
 
 /// A slot for an address of a kernel object, which are at least 128 bytes apart, or for a fold.

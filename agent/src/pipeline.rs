@@ -291,5 +291,6 @@ impl Pipeline {
 
 /// Runs of the drop program that the kernel skipped.
 pub fn missed_drops(totals: &Totals) -> u64 {
-    totals.programs.iter().filter(|p| p.name.starts_with("kfree_skb")).map(|p| p.missed).sum()
+    let drop_programs = totals.programs.iter().filter(|p| p.name.starts_with("kfree_skb"));
+    totals.cpu.missed + drop_programs.map(|p| p.missed).sum::<u64>()
 }

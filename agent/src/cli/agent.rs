@@ -25,7 +25,7 @@ use crate::output::socket::LocalSocket;
 use crate::pipeline::{Pipeline, missed_drops};
 use crate::record::{Detail, Record};
 use crate::source::drain::{Drained, Drainer, Totals};
-use crate::source::events::{Events, WallClock};
+use crate::source::events::{Events, WallClock, pollable};
 use crate::source::load::{self, Loaded};
 use crate::source::symbols::Locator;
 use crate::state::{MapStatus, ProgramStatus, State, lock};
@@ -264,9 +264,7 @@ impl Observer {
 /// Carries the programs' own messages into the log.
 fn forward_messages(ebpf: &mut aya::Ebpf) -> Result<()> {
     let logger = aya_log::EbpfLogger::init(ebpf).context("cannot read the programs' messages")?;
-    let mut logger =
-        tokio::io::unix::AsyncFd::register_with_interest(logger, tokio::io::Interest::READABLE)
-            .context("cannot wait for the programs' messages")?;
+    let mut logger = pollable(logger).context("cannot wait for the programs' messages")?;
     tokio::spawn(async move {
         while let Ok(mut guard) = logger.readable_mut().await {
             guard.get_inner_mut().flush();

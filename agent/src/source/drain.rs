@@ -216,6 +216,7 @@ impl State {
             sum.neighbour_waits += cpu.neighbour_waits;
             sum.answers_seen += cpu.answers_seen;
             sum.answers_lost += cpu.answers_lost;
+            sum.missed += cpu.missed;
         }
         sum
     }

@@ -1,6 +1,7 @@
 //! The ring buffer as a stream of owned events.
 
-use std::time::Instant;
+use std::io;
+use std::os::fd::AsRawFd;
 
 use anyhow::{Context as _, Result};
 use aya::maps::{MapData, RingBuf};
@@ -21,8 +22,7 @@ pub struct Events {
 impl Events {
     /// Registers the buffer with the runtime; must be called inside it.
     pub fn new(ring: RingBuf<MapData>) -> Result<Self> {
-        let ring = AsyncFd::register_with_interest(ring, Interest::READABLE)
-            .context("cannot wait for the ring buffer")?;
+        let ring = pollable(ring).context("cannot wait for the ring buffer")?;
         Ok(Self { ring, malformed: 0 })
     }
 
@@ -45,13 +45,19 @@ impl Events {
     }
 }
 
+/// Registers a ring buffer, or what owns one, with the runtime; must be called inside it.
+#[expect(deprecated, reason = "the replacement is unsafe, and asks what aya's types keep: a file \
+                               descriptor that is theirs and stays the same")]
+pub fn pollable<T: AsRawFd>(ring: T) -> io::Result<AsyncFd<T>> {
+    AsyncFd::with_interest(ring, Interest::READABLE)
+}
+
 /// Turns the kernel's boot time into the time of day. Taken anew for each batch, so that a clock
 /// that is set meanwhile is right from then on.
 #[derive(Clone, Copy, Debug)]
 pub struct WallClock {
     now: Timestamp,
     boot_ns: u64,
-    taken: Instant,
 }
 
 impl WallClock {
@@ -63,7 +69,6 @@ impl WallClock {
         Self {
             now: Timestamp::now(),
             boot_ns: u64::try_from(boot.as_nanos()).unwrap_or(u64::MAX),
-            taken: Instant::now(),
         }
     }
 
@@ -72,11 +77,6 @@ impl WallClock {
         let ago = i128::from(self.boot_ns) - i128::from(boot_ns);
         let ago = SignedDuration::from_nanos_i128(ago);
         self.now.checked_sub(ago).unwrap_or(self.now)
-    }
-
-    /// Whether it is older than a second.
-    pub fn is_old(&self) -> bool {
-        self.taken.elapsed().as_secs() >= 1
     }
 }
 
