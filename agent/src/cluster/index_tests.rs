@@ -464,8 +464,11 @@ proptest! {
 fn a_look_up_among_150_000_pods() {
     let mut index = index();
     let ip = |n: u32| IpAddr::from(((10 << 24) | n).to_be_bytes());
+    // Namespace and node are shared, as the interner shares them.
+    let template = pod("", &[], Some(at(0)));
     let pods = (0..150_000).map(|n| {
-        let mut pod = pod(&format!("pod-{n}"), &[], Some(at(0)));
+        let mut pod = template.clone();
+        pod.key.name = format!("pod-{n}").into();
         pod.ips = [ip(n)].into();
         Object::Pod(Arc::new(pod))
     });
