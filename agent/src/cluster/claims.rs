@@ -1,6 +1,7 @@
 //! Who held something, and when: addresses and ports change hands, and a drop belongs to who held
 //! them when it happened.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ pub const TOMBSTONES_MAX: usize = 65_536;
 /// one's end was never seen, and the earlier one has it back when the later one lets go.
 #[derive(Debug)]
 pub struct Claims<K, T> {
-    by_key: HashMap<K, Vec<Claim<T>>>,
+    by_key: HashMap<K, Slot<T>>,
     /// Ended claims in the order in which they ended.
     tombstones: VecDeque<Tombstone<K>>,
     tombstones_max: usize,
@@ -31,13 +32,32 @@ pub struct Claims<K, T> {
     evicted: u64,
 }
 
+/// The claims of one key in the order of precedence. Nearly all keys have one in their life, so
+/// the last one needs no allocation and no further step in memory.
+#[derive(Debug)]
+struct Slot<T> {
+    last: Claim<T>,
+    earlier: Vec<Claim<T>>,
+}
+
 #[derive(Debug)]
 struct Claim<T> {
     id: u64,
-    from: Timestamp,
-    /// `None` while it lasts.
-    to: Option<Timestamp>,
+    from_ns: i64,
+    /// [`LASTS`] while it does.
+    to_ns: i64,
     owner: Arc<T>,
+}
+
+const LASTS: i64 = i64::MAX;
+
+/// Nanoseconds since 1970 in half the space of a [`Timestamp`]. Times before 1677 and after 2262
+/// are those years.
+fn ns(time: Timestamp) -> i64 {
+    let bounded = time
+        .as_nanosecond()
+        .clamp(i64::MIN.into(), (i64::MAX - 1).into());
+    i64::try_from(bounded).unwrap_or(i64::MIN)
 }
 
 #[derive(Debug)]
@@ -64,22 +84,21 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
     pub fn begin(&mut self, key: K, from: Timestamp, owner: Arc<T>) {
         let id = self.next_id;
         self.next_id += 1;
-        // Nearly all keys have one claim in their life.
-        let claims = self
-            .by_key
-            .entry(key)
-            .or_insert_with(|| Vec::with_capacity(1));
-        // In the order of precedence, so that the last one that holds wins.
-        let place = claims.partition_point(|c| c.from <= from);
-        claims.insert(
-            place,
-            Claim {
-                id,
-                from,
-                to: None,
-                owner,
-            },
-        );
+        let claim = Claim {
+            id,
+            from_ns: ns(from),
+            to_ns: LASTS,
+            owner,
+        };
+        match self.by_key.entry(key) {
+            Entry::Vacant(entry) => {
+                entry.insert(Slot {
+                    last: claim,
+                    earlier: Vec::new(),
+                });
+            }
+            Entry::Occupied(mut entry) => entry.get_mut().add(claim),
+        }
     }
 
     /// The owner's lasting claim goes on under its changed self.
@@ -94,7 +113,7 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
         let Some(claim) = self.lasting(key, owner) else {
             return;
         };
-        claim.to = Some(at);
+        claim.to_ns = ns(at);
         let id = claim.id;
         if self.tombstones.len() >= self.tombstones_max
             && let Some(oldest) = self.tombstones.pop_front()
@@ -110,21 +129,21 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
     }
 
     fn lasting(&mut self, key: &K, owner: &Arc<T>) -> Option<&mut Claim<T>> {
-        let mut claims = self.by_key.get_mut(key)?.iter_mut();
-        claims.find(|c| c.to.is_none() && Arc::ptr_eq(&c.owner, owner))
+        let slot = self.by_key.get_mut(key)?;
+        let mut claims = std::iter::once(&mut slot.last).chain(&mut slot.earlier);
+        claims.find(|c| c.to_ns == LASTS && Arc::ptr_eq(&c.owner, owner))
     }
 
     /// Who held the key at a time.
     pub fn holder(&self, key: &K, at: Timestamp) -> Option<&Arc<T>> {
-        let mut claims = self.by_key.get(key)?.iter().rev();
-        claims.find(|c| c.holds(at)).map(|c| &c.owner)
+        self.by_key.get(key)?.holding(at).next()
     }
 
     /// Who held the key at a time if it was one alone.
     pub fn only_holder(&self, key: &K, at: Timestamp) -> Option<&Arc<T>> {
-        let mut claims = self.by_key.get(key)?.iter().filter(|c| c.holds(at));
-        let first = claims.next()?;
-        claims.next().is_none().then_some(&first.owner)
+        let mut owners = self.by_key.get(key)?.holding(at);
+        let first = owners.next()?;
+        owners.next().is_none().then_some(first)
     }
 
     /// Forgets claims that ended [`TOMBSTONE_TTL`] ago. Returns how many.
@@ -141,11 +160,15 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
     }
 
     fn remove(&mut self, key: &K, id: u64) {
-        if let Some(claims) = self.by_key.get_mut(key) {
-            claims.retain(|c| c.id != id);
-            if claims.is_empty() {
-                self.by_key.remove(key);
-            }
+        let Some(slot) = self.by_key.get_mut(key) else {
+            return;
+        };
+        if slot.last.id != id {
+            slot.earlier.retain(|c| c.id != id);
+        } else if let Some(claim) = slot.earlier.pop() {
+            slot.last = claim;
+        } else {
+            self.by_key.remove(key);
         }
     }
 
@@ -160,9 +183,22 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
     }
 }
 
-impl<T> Claim<T> {
-    fn holds(&self, at: Timestamp) -> bool {
-        self.from <= at && self.to.is_none_or(|to| at < to)
+impl<T> Slot<T> {
+    fn add(&mut self, claim: Claim<T>) {
+        if self.last.from_ns <= claim.from_ns {
+            self.earlier.push(std::mem::replace(&mut self.last, claim));
+        } else {
+            let place = self.earlier.partition_point(|c| c.from_ns <= claim.from_ns);
+            self.earlier.insert(place, claim);
+        }
+    }
+
+    /// The owners at a time, the one who is believed first.
+    fn holding(&self, at: Timestamp) -> impl Iterator<Item = &Arc<T>> {
+        let at_ns = ns(at);
+        let claims = std::iter::once(&self.last).chain(self.earlier.iter().rev());
+        let holding = claims.filter(move |c| c.from_ns <= at_ns && at_ns < c.to_ns);
+        holding.map(|c| &c.owner)
     }
 }
 

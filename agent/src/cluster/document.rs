@@ -252,6 +252,18 @@ kind: NamespaceList
     }
 
     #[test]
+    fn any_part_of_a_text_is_read_or_refused() {
+        let text = include_str!("fixtures/cluster.yaml");
+        let json = include_str!("fixtures/pods.json");
+        for (text, is_json) in [(text, false), (json, true), (json, false)] {
+            for n in (0..text.len()).step_by(101) {
+                _ = read(&text[..n], is_json);
+                _ = read(&text[n..], is_json);
+            }
+        }
+    }
+
+    #[test]
     fn aliases_that_multiply_are_refused() {
         let mut text = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
         for i in 1..12 {

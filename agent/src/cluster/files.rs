@@ -8,7 +8,7 @@
 //! A change counts when two looks have seen the same, so that a file is not read while `kubectl
 //! get > file` still writes it: half a list is often valid YAML.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, Metadata};
 use std::io;
@@ -64,7 +64,8 @@ pub struct OpenError {
 #[derive(Debug)]
 pub struct Files {
     sources: Vec<Source>,
-    objects: HashMap<Key, Object>,
+    /// In an order, so that of two pods with one address always the same one wins.
+    objects: BTreeMap<Key, Object>,
     strings: Interner,
     problems_total: Arc<AtomicU64>,
 }
@@ -128,7 +129,7 @@ impl Files {
     ) -> Result<(Self, Vec<Problem>), OpenError> {
         let mut files = Self {
             sources: Vec::new(),
-            objects: HashMap::new(),
+            objects: BTreeMap::new(),
             strings: Interner::default(),
             problems_total,
         };
@@ -152,7 +153,8 @@ impl Files {
         Ok((files, update.problems))
     }
 
-    /// All objects in their last good states. An object in several files is the last one's.
+    /// All objects in their last good states, in the order of their names. An object in several
+    /// files is the last one's.
     pub fn objects(&self) -> impl Iterator<Item = &Object> {
         self.objects.values()
     }
@@ -188,7 +190,7 @@ impl Files {
     fn diff(&mut self) -> Vec<Change> {
         let files = self.sources.iter().flat_map(|s| s.files.values());
         let all = files.flat_map(|f| &f.objects);
-        let new: HashMap<Key, Object> = all.map(|o| (o.key().clone(), o.clone())).collect();
+        let new: BTreeMap<Key, Object> = all.map(|o| (o.key().clone(), o.clone())).collect();
         let gone = self.objects.keys().filter(|key| !new.contains_key(key));
         let mut changes: Vec<Change> = gone.cloned().map(Change::Delete).collect();
         let upserts = new

@@ -39,10 +39,11 @@ pub struct Index {
     node_ports: Claims<Port, Service>,
     /// Ports that host-network pods declare, by node.
     host_ports: Claims<(Arc<str>, Port), Pod>,
-    /// Services with a selector by namespace and target port.
-    targets: HashMap<(Arc<str>, Port), Vec<Arc<Service>>>,
-    /// Ports in endpoints, and how many objects list them.
-    endpoints: HashMap<(IpAddr, Port), u32>,
+    /// Services with a selector by target port and namespace. The port comes first because most
+    /// that are asked for are a client's, and nobody's target.
+    targets: HashMap<Port, HashMap<Arc<str>, Vec<Arc<Service>>>>,
+    /// Addresses in endpoints by port, and how many objects list them.
+    endpoints: HashMap<Port, HashMap<IpAddr, u32>>,
     pod_ranges: Ranges,
 }
 
@@ -116,8 +117,9 @@ impl Index {
             (Some(Object::Node(old)), Object::Node(new)) => self.node(Some(old), Some(new), seen),
             (_, Object::Node(new)) => self.node(None, Some(new), seen),
             (old, Object::Endpoints(new)) => {
-                for target in &new.targets {
-                    *self.endpoints.entry(*target).or_default() += 1;
+                for (ip, port) in &new.targets {
+                    let listed = self.endpoints.entry(*port).or_default();
+                    *listed.entry(*ip).or_default() += 1;
                 }
                 if let Some(old) = old {
                     self.forget_endpoints(old);
@@ -192,16 +194,32 @@ impl Index {
         move_claims(&mut self.node_ports, old, new, times, |service| {
             service.ports.iter().filter_map(|p| p.on_node()).collect()
         });
-        for (key, old) in old.into_iter().flat_map(target_keys) {
-            if let Some(services) = self.targets.get_mut(&key) {
-                services.retain(|service| !Arc::ptr_eq(service, old));
-                if services.is_empty() {
-                    self.targets.remove(&key);
-                }
+        if let Some(old) = old {
+            self.forget_targets(old);
+        }
+        if let Some(new) = new {
+            for port in new.targets() {
+                let by_namespace = self.targets.entry(port).or_default();
+                let services = by_namespace.entry(new.key.namespace.clone());
+                services.or_default().push(new.clone());
             }
         }
-        for (key, new) in new.into_iter().flat_map(target_keys) {
-            self.targets.entry(key).or_default().push(new.clone());
+    }
+
+    fn forget_targets(&mut self, old: &Arc<Service>) {
+        for port in old.targets() {
+            let Some(by_namespace) = self.targets.get_mut(&port) else {
+                continue;
+            };
+            if let Some(services) = by_namespace.get_mut(&old.key.namespace) {
+                services.retain(|service| !Arc::ptr_eq(service, old));
+                if services.is_empty() {
+                    by_namespace.remove(&old.key.namespace);
+                }
+            }
+            if by_namespace.is_empty() {
+                self.targets.remove(&port);
+            }
         }
     }
 
@@ -220,12 +238,18 @@ impl Index {
         let Object::Endpoints(old) = old else {
             return;
         };
-        for target in &old.targets {
-            if let Some(listed) = self.endpoints.get_mut(target) {
-                *listed -= 1;
-                if *listed == 0 {
-                    self.endpoints.remove(target);
+        for (ip, port) in &old.targets {
+            let Some(listed) = self.endpoints.get_mut(port) else {
+                continue;
+            };
+            if let Some(times) = listed.get_mut(ip) {
+                *times -= 1;
+                if *times == 0 {
+                    listed.remove(ip);
                 }
+            }
+            if listed.is_empty() {
+                self.endpoints.remove(port);
             }
         }
     }
@@ -250,7 +274,7 @@ impl Index {
             return;
         };
         let port = to_port(protocol, end.port);
-        let listed = || port.is_some_and(|port| self.endpoints.contains_key(&(ip, port)));
+        let listed = || port.is_some_and(|port| self.lists(ip, port));
         match self.holder(ip, at) {
             Some(Holder::Pod(pod)) => {
                 end.kind = Some(EndpointKind::Pod);
@@ -308,14 +332,20 @@ impl Index {
         }
     }
 
+    /// Whether endpoints list an address and port.
+    fn lists(&self, ip: IpAddr, port: Port) -> bool {
+        let listed = self.endpoints.get(&port);
+        listed.is_some_and(|listed| listed.contains_key(&ip))
+    }
+
     /// Whether the pod's containers or a Service that selects it declare a port. Only a pod whose
     /// containers do not is compared with Services: those of its namespace with this target port.
     fn declares(&self, pod: &Pod, port: Port) -> bool {
-        pod.ports.binary_search(&port).is_ok()
-            || self
-                .targets
-                .get(&(pod.key.namespace.clone(), port))
-                .is_some_and(|services| services.iter().any(|s| selects(&s.selector, &pod.labels)))
+        let selected = || {
+            let services = self.targets.get(&port)?.get(&pod.key.namespace)?;
+            Some(services.iter().any(|s| selects(&s.selector, &pod.labels)))
+        };
+        pod.ports.binary_search(&port).is_ok() || selected().unwrap_or(false)
     }
 
     /// The Service that has an address and port: a cluster IP, an external or load balancer's
@@ -409,18 +439,6 @@ fn same_pod(old: &Pod, new: &Pod) -> bool {
         (Some(old), Some(new)) => old == new,
         _ => old.started == new.started,
     }
-}
-
-fn target_keys(service: &Arc<Service>) -> impl Iterator<Item = ((Arc<str>, Port), &Arc<Service>)> {
-    let ports = service.ports.iter();
-    let ports = ports.filter(|_| !service.selector.is_empty());
-    ports.filter_map(move |p| {
-        let port = Port {
-            protocol: p.port.protocol,
-            port: p.target_port?,
-        };
-        Some(((service.key.namespace.clone(), port), service))
-    })
 }
 
 /// When claims begin and end.

@@ -173,6 +173,18 @@ impl Service {
         let others = others.filter(|ip| !self.cluster_ips.contains(ip));
         self.cluster_ips.iter().chain(others).copied()
     }
+
+    /// The ports of the pods that it selects. Those that it gives by name are containers' ports
+    /// anyway; one without a selector has endpoints for that.
+    pub fn targets(&self) -> impl Iterator<Item = Port> {
+        let ports = self.ports.iter().filter(|_| !self.selector.is_empty());
+        ports.filter_map(|p| {
+            Some(Port {
+                protocol: p.port.protocol,
+                port: p.target_port?,
+            })
+        })
+    }
 }
 
 impl ServicePort {
