@@ -48,10 +48,15 @@ pub fn cargo(subcommand: &str) -> Command {
     command
 }
 
-/// Runs it with its output going straight through.
+/// Says what it runs and runs it.
 pub fn run(command: &mut Command) -> Result<()> {
+    eprintln!("+ {}", describe(command));
+    quietly(command)
+}
+
+/// Runs it with its output going straight through.
+pub fn quietly(command: &mut Command) -> Result<()> {
     let what = describe(command);
-    eprintln!("+ {what}");
     let status = command
         .status()
         .with_context(|| format!("could not start `{what}`"))?;

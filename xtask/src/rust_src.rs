@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use tempfile::TempDir;
 
 use crate::{
-    command::{command, field, find, output, root, run as execute},
+    command::{command, field, find, output, quietly, root},
     setup::variable,
 };
 
@@ -120,11 +120,11 @@ fn from_debian(destination: &Path) -> Result<()> {
     fs::create_dir_all(&target)?;
     let work = TempDir::with_prefix_in("rust-src-", &target)?;
     let apt = Apt::new(work.path())?;
-    execute(apt.tool("apt-get").args(["-qq", "update"]))?;
+    quietly(apt.tool("apt-get").args(["-qq", "update"]))?;
     let versions = output(apt.tool("apt-cache").args(["madison", "rust-src"]))?;
     let version = debian_version(&versions, &release)
         .with_context(|| format!("{DEBIAN_SUITE} has no rust-src {release}"))?;
-    execute(
+    quietly(
         apt.tool("apt-get")
             .args(["-qq", "download", &format!("rust-src={version}")])
             .current_dir(work.path()),
@@ -156,7 +156,7 @@ fn extract(package: &Path, release: &str, into: &Path) -> Result<()> {
         .spawn()
         .context("could not start dpkg-deb")?;
     let stream = unpack.stdout.take().context("dpkg-deb has no output")?;
-    let untarred = execute(
+    let untarred = quietly(
         command("tar")
             .arg("-xC")
             .arg(into)
