@@ -1,6 +1,7 @@
 //! Running other programs: their output goes straight through, a failure names the command.
 
 use std::{
+    env,
     ffi::OsStr,
     fmt, fs,
     path::{Path, PathBuf},
@@ -38,12 +39,27 @@ pub fn root() -> &'static Path {
 pub fn command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     command.current_dir(root()).stdin(Stdio::null());
+    // An entry of PATH that cannot be joined came from outside; PATH is passed on as it is then.
+    if let Ok(path) = env::join_paths(search_path()) {
+        command.env("PATH", path);
+    }
     command
+}
+
+/// PATH, then the folders that it may lack: cargo's own, and those of system tools.
+fn search_path() -> impl Iterator<Item = PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let cargo = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let cargo = cargo.or_else(|| env::home_dir().map(|home| home.join(".cargo")));
+    let mut folders: Vec<_> = env::split_paths(&path).collect();
+    folders.extend(cargo.map(|cargo| cargo.join("bin")));
+    folders.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
+    folders.into_iter()
 }
 
 /// `cargo SUBCOMMAND --locked`, by the cargo that runs us.
 pub fn cargo(subcommand: &str) -> Command {
-    let mut command = command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = command(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.args([subcommand, "--locked"]);
     command
 }
@@ -84,11 +100,9 @@ pub fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("`{what}` did not print UTF-8"))
 }
 
-/// Where a program is, on PATH or in the folders of system tools that a user's PATH can lack.
+/// Where a program is that [`command`] would start.
 pub fn find(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+    search_path()
         .map(|folder| folder.join(program))
         .find(|file| fs::metadata(file).is_ok_and(|data| data.is_file()))
 }

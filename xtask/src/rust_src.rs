@@ -44,7 +44,8 @@ pub fn there(sysroot: &Path) -> bool {
 /// Installs it, in place of an incomplete copy if there is one.
 pub fn install(sysroot: &Path) -> Result<()> {
     let from = variable("RUST_SRC_FROM").unwrap_or_else(|| "auto".to_owned());
-    // A toolchain that rustup does not manage belongs to a distribution's package manager.
+    // A toolchain that rustup does not manage belongs to a distribution's package manager: nothing
+    // is put into it unless Debian is asked for by name.
     let (rustup, debian) = match from.as_str() {
         "rustup" => (true, false),
         "debian" => (false, true),
@@ -62,9 +63,18 @@ pub fn install(sysroot: &Path) -> Result<()> {
     }
     let mut failures = Vec::new();
     if rustup {
-        match rustup_add("rust-src") {
+        let add = || rustup_add("rust-src");
+        let added = add().and_then(|()| {
+            if there(sysroot) {
+                return Ok(());
+            }
+            // To rustup's knowledge an incomplete copy is there and up to date.
+            quietly(command("rustup").args(["component", "remove", "rust-src"]))?;
+            add()
+        });
+        match added {
             Ok(()) if there(sysroot) => return Ok(()),
-            Ok(()) => failures.push("rustup installed it for another toolchain".to_owned()),
+            Ok(()) => failures.push(format!("rustup did not put it into {}", folder.display())),
             Err(error) => failures.push(format!("{error:#}")),
         }
     }
@@ -80,6 +90,10 @@ pub fn install(sysroot: &Path) -> Result<()> {
 
 /// Adds a component to the active toolchain, within a limit.
 pub fn rustup_add(component: &str) -> Result<()> {
+    ensure!(
+        find("rustup").is_some(),
+        "there is no rustup; install your distribution's {component}, or Rust by https://rustup.rs"
+    );
     eprintln!("setup: installing {component} by rustup");
     within(
         command("rustup").args(["component", "add", component]),

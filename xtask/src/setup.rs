@@ -3,7 +3,7 @@
 
 use std::env;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Error, Result, bail, ensure};
 use nix::unistd::geteuid;
 
 use crate::{
@@ -49,22 +49,25 @@ pub struct Found {
 impl Found {
     /// An error that names what building lacks.
     pub fn ready_to_build(&self) -> Result<()> {
-        if let Some(reason) = self.lacks(Need::Build) {
-            bail!("cannot build here: {reason}");
-        }
+        let names = self.names(Need::Build);
+        ensure!(
+            names.is_empty(),
+            "cannot build without {}",
+            names.join(", ")
+        );
         Ok(())
+    }
+
+    fn names(&self, need: Need) -> Vec<&str> {
+        let parts = self.missing.iter().filter(|part| part.need == need);
+        parts.map(|part| part.what.as_str()).collect()
     }
 
     /// Why something cannot run here; none if nothing it needs is missing.
     pub fn lacks(&self, need: Need) -> Option<String> {
-        let parts: Vec<_> = self
-            .missing
-            .iter()
-            .filter(|part| part.need == need)
-            .collect();
-        let names: Vec<_> = parts.iter().map(|part| part.what.as_str()).collect();
-        let advice = &parts.first()?.advice;
-        Some(format!("{} missing; {advice}", names.join(", ")))
+        let first = self.missing.iter().find(|part| part.need == need)?;
+        let names = self.names(need).join(", ");
+        Some(format!("{names} missing; {}", first.advice))
     }
 
     /// What `cargo xtask setup` says at its end; an error only if nothing can be built.
@@ -144,7 +147,7 @@ fn rust_components(found: &mut Found) -> Result<()> {
         found.missing.push(Missing {
             what: "rust-src".to_owned(),
             need: Need::Build,
-            advice: format!("{error:#}; run `rustup component add rust-src`"),
+            advice: rust_advice(&error, "rust-src"),
         });
     }
     for (component, program, need) in [
@@ -159,11 +162,19 @@ fn rust_components(found: &mut Found) -> Result<()> {
             found.missing.push(Missing {
                 what: component.to_owned(),
                 need,
-                advice: format!("{error:#}; run `rustup component add {component}`"),
+                advice: rust_advice(&error, component),
             });
         }
     }
     Ok(())
+}
+
+fn rust_advice(error: &Error, component: &str) -> String {
+    if find("rustup").is_some() {
+        format!("{error:#}; run `rustup component add {component}`")
+    } else {
+        format!("{error:#}")
+    }
 }
 
 fn bpf_linker(found: &mut Found) {
@@ -179,7 +190,7 @@ fn bpf_linker(found: &mut Found) {
     let package = format!("bpf-linker@{BPF_LINKER}");
     let advice = match execute(cargo("install").args([&package, "--force"])) {
         Ok(()) if version() => return,
-        Ok(()) => "it was installed, but PATH finds none or another; put the folder that cargo named first".to_owned(),
+        Ok(()) => "it was installed, but PATH finds another version first".to_owned(),
         Err(error) => format!("{error:#}; run `cargo install {package} --locked --force`"),
     };
     found.missing.push(Missing {
@@ -285,7 +296,7 @@ mod tests {
             missing: vec![missing("bpf-linker", Need::Build)],
         };
         let error = no_linker.report().unwrap_err().to_string();
-        assert!(error.contains("bpf-linker missing"), "{error}");
+        assert_eq!(error, "cannot build without bpf-linker");
     }
 
     #[test]
