@@ -49,10 +49,7 @@ pub fn install(sysroot: &Path) -> Result<()> {
     let (rustup, debian) = match from.as_str() {
         "rustup" => (true, false),
         "debian" => (false, true),
-        "auto" if find("rustup").is_some() => (true, true),
-        "auto" => {
-            bail!("there is no rustup; install your distribution's rust-src or Rust by rustup")
-        }
+        "auto" => (true, find("rustup").is_some()),
         other => bail!("RUST_SRC_FROM={other} is none of rustup, debian, auto"),
     };
     // rustup refuses to install over an incomplete copy ("detected conflict").
@@ -63,18 +60,13 @@ pub fn install(sysroot: &Path) -> Result<()> {
     }
     let mut failures = Vec::new();
     if rustup {
-        let add = || rustup_add("rust-src");
-        let added = add().and_then(|()| {
-            if there(sysroot) {
-                return Ok(());
-            }
-            // To rustup's knowledge an incomplete copy is there and up to date.
-            quietly(command("rustup").args(["component", "remove", "rust-src"]))?;
-            add()
-        });
-        match added {
+        match rustup_add("rust-src") {
             Ok(()) if there(sysroot) => return Ok(()),
-            Ok(()) => failures.push(format!("rustup did not put it into {}", folder.display())),
+            // rustup neither repairs nor removes a component whose files are gone.
+            Ok(()) => failures.push(
+                "rustup takes it for installed; `rustup toolchain uninstall` and `install` repair it"
+                    .to_owned(),
+            ),
             Err(error) => failures.push(format!("{error:#}")),
         }
     }
