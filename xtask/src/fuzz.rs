@@ -33,7 +33,8 @@ pub fn quick(seconds: u32) -> Result<()> {
 
 fn targets(seconds: u32, profile: &[&str]) -> Result<()> {
     if find("cargo-fuzz").is_none() {
-        execute(cargo("install").arg("cargo-fuzz"))?;
+        // Only a launcher: that it is not optimised costs nothing.
+        execute(cargo("install").args(["cargo-fuzz", "--debug"]))?;
     }
     let folder = root().join("fuzz/fuzz_targets");
     let mut names = Vec::new();
