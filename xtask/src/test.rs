@@ -1,0 +1,233 @@
+//! `cargo xtask test`: every test that this machine can run, in groups, and at the end which groups
+//! ran, which were skipped, and why.
+
+use std::{
+    path::Path,
+    process::{ExitCode, Stdio},
+};
+
+use anyhow::Result;
+use clap::ValueEnum;
+use nix::unistd::geteuid;
+
+use crate::{
+    command::{cargo, command, root, run as execute},
+    dependencies, fuzz,
+    setup::{self, Found, Need},
+};
+
+/// Seconds of the short run of each fuzz target.
+const FUZZ_SECONDS: u32 = 20;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// The group to run; all of them if it is left out
+    group: Option<Group>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Group {
+    /// Format, lints, dependencies, unit tests, a short run of the fuzz targets
+    Unit,
+    /// Real drops between network namespaces, on this machine's kernel (root)
+    Netns,
+    /// The same in virtual machines, on other kernels
+    Vm,
+    /// Against a real API server and a real policy enforcer
+    Kube,
+    /// The manifests, rules and dashboards
+    Deploy,
+}
+
+enum Outcome {
+    Passed(String),
+    Failed(String),
+    Skipped(String),
+}
+
+/// Sets up, runs the groups and prints the table; fails if a group does.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let found = setup::run()?;
+    found.ready_to_build()?;
+    let groups = args
+        .group
+        .map_or_else(|| Group::value_variants().to_vec(), |group| vec![group]);
+    let outcomes: Vec<_> = groups
+        .into_iter()
+        .map(|group| (name(group), outcome(group, &found)))
+        .collect();
+    print!("\n{}", table(&outcomes));
+    let failed = outcomes
+        .iter()
+        .any(|(_, outcome)| matches!(outcome, Outcome::Failed(_)));
+    Ok(if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn name(group: Group) -> String {
+    let value = group.to_possible_value();
+    value.map_or_else(String::new, |value| value.get_name().to_owned())
+}
+
+fn outcome(group: Group, found: &Found) -> Outcome {
+    match group {
+        Group::Unit => unit(found),
+        Group::Netns => netns(found),
+        Group::Vm | Group::Kube | Group::Deploy => {
+            Outcome::Skipped("not in this version".to_owned())
+        }
+    }
+}
+
+fn unit(found: &Found) -> Outcome {
+    type Step = fn() -> Result<()>;
+    let steps: [(&str, Option<Need>, Step); 6] = [
+        ("format", Some(Need::Format), format),
+        ("clippy", Some(Need::Clippy), clippy),
+        (
+            "clippy of the programs",
+            Some(Need::Clippy),
+            clippy_programs,
+        ),
+        ("dependencies", None, dependencies::check),
+        ("tests", None, tests),
+        ("fuzz", Some(Need::Fuzz), || fuzz::quick(FUZZ_SECONDS)),
+    ];
+    let (mut passed, mut failed, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, need, step) in steps {
+        if let Some(reason) = need.and_then(|need| found.lacks(need)) {
+            skipped.push(format!("without {name}: {reason}"));
+            continue;
+        }
+        match step() {
+            Ok(()) => passed.push(name),
+            Err(error) => {
+                eprintln!("xtask: {name}: {error:#}");
+                failed.push(name);
+            }
+        }
+    }
+    if !failed.is_empty() {
+        return Outcome::Failed(failed.join(", "));
+    }
+    skipped.insert(0, passed.join(", "));
+    Outcome::Passed(skipped.join("; "))
+}
+
+fn format() -> Result<()> {
+    execute(command("cargo").args(["fmt", "--all", "--check"]))
+}
+
+fn clippy() -> Result<()> {
+    execute(cargo("clippy").args(["--workspace", "--all-targets", "--", "--deny=warnings"]))
+}
+
+fn clippy_programs() -> Result<()> {
+    execute(
+        cargo("clippy")
+            .args([
+                "--package=whydrop-ebpf",
+                "--features=programs",
+                "--bins",
+                "--lib",
+            ])
+            .args(["--target=bpfel-unknown-none", "-Zbuild-std=core"])
+            // A folder of its own: build scripts look at RUSTC_BOOTSTRAP, so that in a shared one
+            // each change of it would build most dependencies again.
+            .arg("--target-dir")
+            .arg(root().join("target/programs"))
+            .args(["--", "--deny=warnings"])
+            .env("RUSTC_BOOTSTRAP", "1"),
+    )
+}
+
+fn tests() -> Result<()> {
+    execute(cargo("test").args([
+        "--package=whydrop",
+        "--package=whydrop-ebpf",
+        "--package=xtask",
+    ]))
+}
+
+fn netns(found: &Found) -> Outcome {
+    if let Some(reason) = found.lacks(Need::Lab).or_else(no_netns) {
+        return Outcome::Skipped(reason);
+    }
+    match execute(cargo("test").arg("--package=whydrop-tests")) {
+        Ok(()) => Outcome::Passed("real drops on this machine's kernel".to_owned()),
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    }
+}
+
+/// Why the lab cannot run on this machine.
+fn no_netns() -> Option<String> {
+    let btf = "/sys/kernel/btf/vmlinux";
+    if !geteuid().is_root() {
+        return Some("not root".to_owned());
+    }
+    if !Path::new(btf).exists() {
+        return Some(format!("the kernel has no BTF ({btf})"));
+    }
+    let probe = command("unshare")
+        .args(["--net", "true"])
+        .stderr(Stdio::null())
+        .status();
+    if !probe.is_ok_and(|status| status.success()) {
+        return Some(
+            "root may not create network namespaces here (`unshare --net true` fails)".to_owned(),
+        );
+    }
+    None
+}
+
+/// The table of groups. Its last line is alone and counts them.
+fn table(outcomes: &[(String, Outcome)]) -> String {
+    let mut text = String::new();
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    for (group, outcome) in outcomes {
+        let (word, why) = match outcome {
+            Outcome::Passed(why) => {
+                passed += 1;
+                ("passed", why)
+            }
+            Outcome::Failed(why) => {
+                failed += 1;
+                ("FAILED", why)
+            }
+            Outcome::Skipped(why) => {
+                skipped += 1;
+                ("skipped", why)
+            }
+        };
+        text += &format!("{group:<8}{word:<9}{why}\n");
+    }
+    text + &format!("\n{passed} passed, {failed} failed, {skipped} skipped\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_ends_with_the_counts() {
+        let outcomes = [
+            ("unit".to_owned(), Outcome::Passed("tests".to_owned())),
+            (
+                "netns".to_owned(),
+                Outcome::Failed("`cargo test` failed".to_owned()),
+            ),
+            ("vm".to_owned(), Outcome::Skipped("not root".to_owned())),
+        ];
+        assert_eq!(
+            table(&outcomes),
+            "unit    passed   tests\n\
+             netns   FAILED   `cargo test` failed\n\
+             vm      skipped  not root\n\
+             \n\
+             1 passed, 1 failed, 1 skipped\n"
+        );
+    }
+}
