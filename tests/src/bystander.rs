@@ -29,7 +29,8 @@ pub enum Habit {
 
 /// The traffic, while it runs.
 pub struct Bystander {
-    stop: Arc<AtomicBool>,
+    /// The client's, and once that has ended the servers'.
+    stop: [Arc<AtomicBool>; 2],
     rounds: Arc<AtomicU64>,
     client: Option<JoinHandle<Result<()>>>,
     servers: Vec<JoinHandle<()>>,
@@ -45,12 +46,12 @@ impl Bystander {
         let (tcp, udp) = lab.within(Host::Server2, || -> Result<_> {
             Ok((TcpListener::bind(at)?, UdpSocket::bind(at)?))
         })?;
-        let stop = Arc::new(AtomicBool::new(false));
+        let stop: [Arc<AtomicBool>; 2] = Default::default();
         let rounds = Arc::new(AtomicU64::new(0));
         let from = lab.socket(Place::Of(Host::Client2), family, 0);
         let netns = lab.netns(Host::Client2);
         let client = std::thread::spawn({
-            let (stop, rounds) = (Arc::clone(&stop), Arc::clone(&rounds));
+            let (stop, rounds) = (Arc::clone(&stop[0]), Arc::clone(&rounds));
             move || -> Result<()> {
                 enter(&netns)?;
                 let mut lasting = TcpStream::connect_timeout(&at, PATIENCE)
@@ -79,11 +80,11 @@ impl Bystander {
         });
         let servers = vec![
             std::thread::spawn({
-                let stop = Arc::clone(&stop);
+                let stop = Arc::clone(&stop[1]);
                 move || serve_tcp(&tcp, &stop)
             }),
             std::thread::spawn({
-                let stop = Arc::clone(&stop);
+                let stop = Arc::clone(&stop[1]);
                 move || serve_udp(&udp, &stop)
             }),
         ];
@@ -121,12 +122,13 @@ impl Bystander {
     }
 
     fn end(&mut self) -> Result<()> {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop[0].store(true, Ordering::Relaxed);
         let result = match self.client.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,
             Some(Err(_)) => Err(anyhow::anyhow!("the bystander's thread panicked")),
             None => Ok(()),
         };
+        self.stop[1].store(true, Ordering::Relaxed);
         for server in self.servers.drain(..) {
             let _ = server.join();
         }

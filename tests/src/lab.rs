@@ -31,6 +31,11 @@ const PREFIX: &str = "wdlab";
 /// How many labs the addresses allow for: 10.64.0.0/24 to 10.191.255.0/24.
 const LABS: u16 = 128 * 256;
 
+/// TC_ACT_SHOT: dropped.
+pub const TC_SHOT: u8 = 2;
+/// TC_ACT_STOLEN: freed, and not called a drop.
+pub const TC_STOLEN: u8 = 4;
+
 /// A host of the lab: one network namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Host {
@@ -248,7 +253,7 @@ impl Lab {
                 "table inet whydrop_marker {{ chain c {{ type filter hook prerouting priority -310;
                    ip daddr {} counter drop
                    ip6 daddr {} counter drop
-                 }} }}",
+                 }}\n}}",
                 self.address(Place::Marker, Family::V4),
                 self.address(Place::Marker, Family::V6),
             ),
@@ -338,7 +343,8 @@ impl Lab {
     /// # Errors
     /// The command is missing or fails; says which and what it wrote.
     pub fn run(&self, host: Host, line: &str) -> Result<String> {
-        self.within(host, || command(line, None))
+        let words: Vec<&str> = line.split_whitespace().collect();
+        self.within(host, || command(&words, None))
     }
 
     /// Loads an nft script in a host's namespace, as a whole or not at all.
@@ -346,8 +352,27 @@ impl Lab {
     /// # Errors
     /// As [`Lab::run`].
     pub fn nft(&self, host: Host, script: &str) -> Result<()> {
-        self.within(host, || command("nft -f -", Some(script)))
+        self.within(host, || command(&["nft", "-f", "-"], Some(script)))
             .map(drop)
+    }
+
+    /// Gives every packet of a device in one direction (`ingress`, `egress`) a verdict by a tc BPF
+    /// filter of one instruction. The verdicts are those of linux/pkt_cls.h: [`TC_SHOT`] drops,
+    /// [`TC_STOLEN`] frees without calling it a drop.
+    ///
+    /// # Errors
+    /// The kernel has no cls_bpf.
+    pub fn tc(&self, host: Host, device: &str, direction: &str, verdict: u8) -> Result<()> {
+        let code = format!("1,6 0 0 {verdict}");
+        self.within(host, || {
+            command(&["tc", "qdisc", "replace", "dev", device, "clsact"], None)?;
+            let filter = ["tc", "filter", "add", "dev", device, direction];
+            command(
+                &[&filter[..], &["bpf", "da", "bytecode", &code]].concat(),
+                None,
+            )
+        })
+        .map(drop)
     }
 
     /// Sets a sysctl (path below /proc/sys) in a host's namespace.
@@ -388,15 +413,14 @@ pub fn enter(netns: &str) -> Result<()> {
     setns(&file, CloneFlags::CLONE_NEWNET).with_context(|| format!("enter {}", path.display()))
 }
 
-/// Runs a command line (words between blanks, no shell), with text on its standard input.
+/// Runs a command, with text on its standard input if there is any.
 ///
 /// # Errors
 /// The command is missing or fails; says which and what it wrote.
-pub fn command(line: &str, input: Option<&str>) -> Result<String> {
-    let mut words = line.split_whitespace();
-    let program = words.next().context("an empty command")?;
+pub fn command(words: &[&str], input: Option<&str>) -> Result<String> {
+    let (program, arguments) = words.split_first().context("an empty command")?;
     let mut child = Command::new(program)
-        .args(words)
+        .args(arguments)
         .stdin(if input.is_some() {
             Stdio::piped()
         } else {
@@ -415,15 +439,16 @@ pub fn command(line: &str, input: Option<&str>) -> Result<String> {
         .with_context(|| format!("wait for {program}"))?;
     ensure!(
         output.status.success(),
-        "`{line}` failed: {}{}",
+        "`{}` failed: {}\n{}",
+        words.join(" "),
         String::from_utf8_lossy(&output.stderr).trim(),
-        input.map(|text| format!("\n{text}")).unwrap_or_default(),
+        input.unwrap_or_default(),
     );
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 fn batch(options: &[&str], script: &str) -> Result<()> {
-    command(&format!("ip {} -batch -", options.join(" ")), Some(script)).map(drop)
+    command(&[&["ip"], options, &["-batch", "-"]].concat(), Some(script)).map(drop)
 }
 
 /// The address of one end of the link between the router and a pod.
@@ -494,7 +519,7 @@ fn remove(id: u16) {
         .filter(|name| Path::new("/run/netns").join(name).exists())
         .map(|name| format!("netns del {name}\n"))
         .collect();
-    if let Err(error) = command("ip -force -batch -", Some(&script)) {
+    if let Err(error) = batch(&["-force"], &script) {
         eprintln!("remove lab {id}: {error:#}");
     }
     let _ = fs::remove_file(lock_path(id));

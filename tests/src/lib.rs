@@ -29,3 +29,22 @@ pub mod packet;
 pub mod scene;
 pub mod traffic;
 pub mod xdp;
+
+/// Makes of each function `fn name(family: Family) -> Result<()>` two tests, `name::ipv4` and
+/// `name::ipv6`.
+#[macro_export]
+macro_rules! on_both_families {
+    ($($name:ident),+ $(,)?) => {$(
+        mod $name {
+            #[test]
+            fn ipv4() -> anyhow::Result<()> {
+                super::$name($crate::lab::Family::V4)
+            }
+
+            #[test]
+            fn ipv6() -> anyhow::Result<()> {
+                super::$name($crate::lab::Family::V6)
+            }
+        }
+    )+};
+}
