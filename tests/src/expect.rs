@@ -1,5 +1,6 @@
 //! What the agent must show for a lab: these drops, to the packet, and nothing else.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant};
 
@@ -83,7 +84,7 @@ impl Row {
         self
     }
 
-    /// The kernel function is one of these.
+    /// The kernel function is one of these (without the suffix of a compiler's copy).
     #[must_use]
     pub fn at(mut self, locations: &[&'static str]) -> Self {
         self.locations = locations.to_vec();
@@ -139,9 +140,11 @@ impl Row {
                     .reason
                     .is_none_or(|reason| self.reasons.contains(&&*reason)))
             && (self.locations.is_empty()
-                || drop
-                    .location
-                    .is_some_and(|location| self.locations.contains(&&*location)))
+                || drop.location.is_some_and(|location| {
+                    // Compilers make copies of a function: `name.constprop.0`, `name.part.0`.
+                    let name = location.split('.').next().unwrap_or_default();
+                    self.locations.contains(&name)
+                }))
             && self.dns.as_ref().is_none_or(|name| {
                 event
                     .dns
@@ -337,9 +340,15 @@ fn events(agent: &Agent, rows: &[Row]) -> Result<()> {
             return Ok(());
         }
         if Instant::now() > deadline {
-            let seen: Vec<String> = lines
+            let mut seen: BTreeMap<String, u64> = BTreeMap::new();
+            for line in &lines {
+                let mut value = serde_json::to_value(line)?;
+                value["time"] = Default::default();
+                *seen.entry(value.to_string()).or_default() += 1;
+            }
+            let seen: Vec<String> = seen
                 .iter()
-                .filter_map(|line| serde_json::to_string(line).ok())
+                .map(|(line, times)| format!("{times} times {line}"))
                 .collect();
             bail!(
                 "the stream shows only (and {lost} lost)\n  {}\nof these lines:\n  {}",

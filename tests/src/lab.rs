@@ -356,14 +356,16 @@ impl Lab {
             .map(drop)
     }
 
-    /// Gives every packet of a device in one direction (`ingress`, `egress`) a verdict by a tc BPF
-    /// filter of one instruction. The verdicts are those of linux/pkt_cls.h: [`TC_SHOT`] drops,
+    /// Gives every unicast packet of a device in one direction (`ingress`, `egress`) a verdict by
+    /// a tc BPF filter; multicast, as of neighbour discovery and listener reports, passes. The verdicts are those of linux/pkt_cls.h: [`TC_SHOT`] drops,
     /// [`TC_STOLEN`] frees without calling it a drop.
     ///
     /// # Errors
     /// The kernel has no cls_bpf.
     pub fn tc(&self, host: Host, device: &str, direction: &str, verdict: u8) -> Result<()> {
-        let code = format!("1,6 0 0 {verdict}");
+        // Load the first byte of the destination MAC; if it is a group address return 0 (pass),
+        // else the verdict.
+        let code = format!("4,48 0 0 0,69 0 1 1,6 0 0 0,6 0 0 {verdict}");
         self.within(host, || {
             command(&["tc", "qdisc", "replace", "dev", device, "clsact"], None)?;
             let filter = ["tc", "filter", "add", "dev", device, direction];

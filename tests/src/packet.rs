@@ -183,6 +183,18 @@ pub fn tcp(source: (IpAddr, u16), destination: (IpAddr, u16), flags: u8) -> Vec<
     bytes
 }
 
+/// A TCP segment without data in its IP packet.
+pub fn segment(source: (IpAddr, u16), destination: (IpAddr, u16), flags: u8) -> Vec<u8> {
+    let tcp = tcp(source, destination, flags);
+    ip(source.0, destination.0, protocol::TCP, &tcp)
+}
+
+/// A UDP datagram in its IP packet.
+pub fn datagram(source: (IpAddr, u16), destination: (IpAddr, u16), payload: &[u8]) -> Vec<u8> {
+    let udp = udp(source, destination, payload);
+    ip(source.0, destination.0, protocol::UDP, &udp)
+}
+
 /// An SCTP common header (RFC 9260, section 3.1) with an INIT chunk; its CRC is left zero, which
 /// nothing on the way looks at.
 pub fn sctp(source_port: u16, destination_port: u16) -> Vec<u8> {

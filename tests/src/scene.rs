@@ -134,6 +134,14 @@ impl Scene {
         self.before.lost_udp(&self.lab, self.family)
     }
 
+    /// Checks what the agent shows while the scene goes on.
+    ///
+    /// # Errors
+    /// It is not as the rows say.
+    pub fn check(&self, rows: &[Row]) -> Result<()> {
+        expect(&self.lab, &self.agent, rows)
+    }
+
     /// Checks what the agent shows, that the bystander's traffic never failed, and that the agent
     /// ends as it should.
     ///

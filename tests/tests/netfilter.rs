@@ -6,7 +6,7 @@ use whydrop_tests::counters::{self, conntrack};
 use whydrop_tests::expect::Row;
 use whydrop_tests::lab::{Family, Host, Lab, Place, TC_STOLEN};
 use whydrop_tests::on_both_families;
-use whydrop_tests::packet::{self, flags, protocol};
+use whydrop_tests::packet::{self, flags};
 use whydrop_tests::scene::{Scene, TCP_PORT, UDP_PORT};
 use whydrop_tests::traffic::{self, Burst, Connect};
 
@@ -408,10 +408,10 @@ fn ipset_nft(family: Family) -> Result<()> {
 fn stray_resets(scene: &Scene) -> Result<u64> {
     let client = scene.address(Place::Of(Host::Client));
     let server = scene.address(Place::Of(Host::Server));
-    scene.raw((0..30).map(|port| {
-        let reset = packet::tcp((client, 40_000 + port), (server, TCP_PORT), flags::RST);
-        packet::ip(client, server, protocol::TCP, &reset)
-    }))
+    scene.raw(
+        (0..30)
+            .map(|port| packet::segment((client, 40_000 + port), (server, TCP_PORT), flags::RST)),
+    )
 }
 
 fn ct_invalid_nft(family: Family) -> Result<()> {
@@ -467,7 +467,10 @@ fn conntrack_full(family: Family) -> Result<()> {
     let scene = Scene::with(Lab::new()?, family, Habit::Lasting, |lab| {
         lab.nft(
             Host::Router,
-            "table inet lab { chain c { type filter hook forward priority 0; ct state new accept }
+            "table inet lab {
+               chain c { type filter hook forward priority 0;
+                 ct state new accept
+               }
              }",
         )?;
         lab.sysctl(
@@ -483,10 +486,10 @@ fn conntrack_full(family: Family) -> Result<()> {
         Ok(())
     })?;
     fill_conntrack(&scene, limit)?;
-    let evicted = conntrack(&scene.lab, Host::Router, "early_drop")?;
     scene.udp(30)?;
     ensure!(scene.connect() == Connect::Silent);
     let all = conntrack(&scene.lab, Host::Router, "drop")?;
+    let evicted = conntrack(&scene.lab, Host::Router, "early_drop")?;
     ensure!(
         (all, evicted) == (31, 0),
         "conntrack dropped {all}, evicted {evicted}"
@@ -528,19 +531,21 @@ fn fill_conntrack(scene: &Scene, limit: u64) -> Result<()> {
         let ports: Vec<(u16, u16)> = (made..made + missing)
             .map(|n| (2000 + (n % 60_000) as u16, 1000 + (n / 60_000) as u16))
             .collect();
-        scene.raw(ports.iter().map(|(low, high)| {
-            let ack = packet::tcp((client, *low), (server, *high), flags::ACK);
-            packet::ip(client, server, protocol::TCP, &ack)
-        }))?;
-        scene.lab.within(Host::Server, || {
-            traffic::raw_ip(
-                client,
-                ports.iter().map(|(low, high)| {
-                    let ack = packet::tcp((server, *high), (client, *low), flags::ACK);
-                    packet::ip(server, client, protocol::TCP, &ack)
-                }),
-            )
-        })?;
+        let segment = |from, to| packet::segment(from, to, flags::ACK);
+        let there: Vec<_> = ports
+            .iter()
+            .map(|(low, high)| segment((client, *low), (server, *high)))
+            .collect();
+        let back: Vec<_> = ports
+            .iter()
+            .map(|(low, high)| segment((server, *high), (client, *low)))
+            .collect();
+        // The third makes the entry "assured": used both ways, and answered before.
+        scene.raw(&there)?;
+        scene
+            .lab
+            .within(Host::Server, || traffic::raw_ip(client, &back))?;
+        scene.raw(&there)?;
         made += missing;
     }
 }

@@ -205,8 +205,7 @@ fn tunnels(family: Family) -> Result<()> {
     for inner in Family::BOTH {
         let from = scene.lab.address(Place::InnerClient, inner);
         let to = scene.lab.address(Place::InnerServer, inner);
-        let syn = packet::tcp((from, 40_000), (to, 80), flags::SYN);
-        let packet = packet::ip(from, to, protocol::TCP, &syn);
+        let packet = packet::segment((from, 40_000), (to, 80), flags::SYN);
         let kind = ether_type(from);
         let frame = packet::ethernet([2; 6], [4; 6], &[], kind, &packet);
         let udp = |port, payload: &[u8]| packet::udp((client, 50_000), (server, port), payload);
@@ -235,8 +234,7 @@ fn vlan_tags(family: Family) -> Result<()> {
     })?;
     let client = scene.address(Place::Of(Host::Client));
     let server = scene.address(Place::Of(Host::Server));
-    let syn = packet::tcp((client, 40_000), (server, 80), flags::SYN);
-    let packet = packet::ip(client, server, protocol::TCP, &syn);
+    let packet = packet::segment((client, 40_000), (server, 80), flags::SYN);
     let frame = |vlans: &[u16]| {
         packet::ethernet(
             mac_bytes(Host::Client, false),

@@ -148,10 +148,10 @@ fn xdp_native(family: Family) -> Result<()> {
 fn spoofed(scene: &Scene) -> Result<u64> {
     let source = scene.address(Place::InnerClient);
     let server = scene.address(Place::Of(Host::Server));
-    scene.raw((0..30).map(|port| {
-        let datagram = packet::udp((source, 40_000 + port), (server, UDP_PORT), b"spoofed");
-        packet::ip(source, server, protocol::UDP, &datagram)
-    }))
+    scene.raw(
+        (0..30)
+            .map(|port| packet::datagram((source, 40_000 + port), (server, UDP_PORT), b"spoofed")),
+    )
 }
 
 /// The kernel's own reverse path filter, which IPv6 does not have.
