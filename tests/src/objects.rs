@@ -75,27 +75,38 @@ pub fn list(lab: &Lab) -> Value {
     }
     for (place, name) in PODS {
         let ports = if name == "server" { &PORTS[..] } else { &[] };
-        items.push(json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {
-                "namespace": namespace, "name": name, "labels": {"app": name},
-                "uid": format!("{namespace}-{name}"),
-            },
-            "spec": {
-                "nodeName": lab.node(),
-                "containers": [{
-                    "name": "main", "image": "example.invalid/main",
-                    "ports": ports.iter().map(|(name, port, protocol)| json!({
-                        "name": name, "containerPort": port, "protocol": protocol,
-                    })).collect::<Vec<_>>(),
-                }],
-            },
-            "status": {
-                "phase": "Running",
-                "podIP": addresses(place)[0],
-                "podIPs": addresses(place).map(|ip| json!({"ip": ip})),
-            },
-        }));
+        items.push(pod(&namespace, name, &lab.node(), &addresses(place), ports));
     }
     json!({"apiVersion": "v1", "kind": "List", "items": items})
+}
+
+/// A running pod, labelled `app: NAME`.
+pub fn pod(
+    namespace: &str,
+    name: &str,
+    node: &str,
+    addresses: &[String],
+    ports: &[(&str, u16, &str)],
+) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "namespace": namespace, "name": name, "labels": {"app": name},
+            "uid": format!("{namespace}-{name}"),
+        },
+        "spec": {
+            "nodeName": node,
+            "containers": [{
+                "name": "main", "image": "example.invalid/main",
+                "ports": ports.iter().map(|(name, port, protocol)| json!({
+                    "name": name, "containerPort": port, "protocol": protocol,
+                })).collect::<Vec<_>>(),
+            }],
+        },
+        "status": {
+            "phase": "Running",
+            "podIP": addresses.first(),
+            "podIPs": addresses.iter().map(|ip| json!({"ip": ip})).collect::<Vec<_>>(),
+        },
+    })
 }
