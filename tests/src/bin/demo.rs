@@ -94,15 +94,11 @@ fn demo() -> Result<bool> {
     let lines = agent.lines();
     let mut all = true;
     for failure in &failures {
-        let counted: f64 = samples
-            .iter()
-            .filter(|s| failure.fits(s))
-            .map(|s| s.value)
-            .sum();
+        let counted = failure.counted(&samples);
         let shown = lines
             .iter()
             .any(|line| matches!(line, Line::Event(e) if failure.shown_by(e)));
-        let good = counted == failure.packets as f64 && shown;
+        let good = counted == failure.packets && shown;
         all &= good;
         let ((from_namespace, from), (to_namespace, to)) = (failure.from, failure.to);
         println!(
@@ -273,6 +269,14 @@ impl Failure {
             && sample.label("destination_service") == self.service
     }
 
+    fn counted(&self, samples: &[Sample]) -> u64 {
+        samples
+            .iter()
+            .filter(|sample| self.fits(sample))
+            .map(|sample| sample.value as u64)
+            .sum()
+    }
+
     fn shown_by(&self, event: &Event) -> bool {
         let named = |end: &whydrop::event::Endpoint, (namespace, pod)| {
             end.namespace.as_deref() == Some(namespace) && end.pod.as_deref() == Some(pod)
@@ -296,12 +300,7 @@ fn wait_until_seen(agent: &Agent, failures: &[Failure]) -> Result<Vec<Sample>> {
         let samples = agent.metrics()?;
         let lines = agent.lines();
         let seen = failures.iter().all(|failure| {
-            let counted: f64 = samples
-                .iter()
-                .filter(|s| failure.fits(s))
-                .map(|sample| sample.value)
-                .sum();
-            counted >= failure.packets as f64
+            failure.counted(&samples) >= failure.packets
                 && lines
                     .iter()
                     .any(|l| matches!(l, Line::Event(e) if failure.shown_by(e)))
