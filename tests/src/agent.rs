@@ -172,6 +172,11 @@ impl Agent {
         self.child.id()
     }
 
+    /// Where `/metrics` is.
+    pub fn listen(&self) -> SocketAddr {
+        self.listen
+    }
+
     /// The local API's socket.
     pub fn socket(&self) -> &Path {
         &self.socket
@@ -226,9 +231,17 @@ impl Agent {
     ///
     /// # Errors
     /// It is still there after [`STOP`].
-    pub fn stop(mut self) -> Result<ExitStatus> {
-        kill(Pid::from_raw(self.child.id().try_into()?), Signal::SIGTERM)
-            .context("send SIGTERM to the agent")?;
+    pub fn stop(self) -> Result<ExitStatus> {
+        self.stop_by(Signal::SIGTERM)
+    }
+
+    /// Sends the agent a signal and waits for its end.
+    ///
+    /// # Errors
+    /// It is still there after [`STOP`].
+    pub fn stop_by(mut self, signal: Signal) -> Result<ExitStatus> {
+        kill(Pid::from_raw(self.child.id().try_into()?), signal)
+            .with_context(|| format!("send {signal} to the agent"))?;
         let deadline = Instant::now() + STOP;
         loop {
             if let Some(status) = self.child.try_wait()? {
@@ -236,7 +249,7 @@ impl Agent {
             }
             ensure!(
                 Instant::now() < deadline,
-                "the agent still runs {STOP:?} after SIGTERM; its log:\n{}",
+                "the agent still runs {STOP:?} after {signal}; its log:\n{}",
                 self.log()
             );
             std::thread::sleep(POLL);

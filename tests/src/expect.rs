@@ -359,3 +359,51 @@ fn events(agent: &Agent, rows: &[Row]) -> Result<()> {
         std::thread::sleep(POLL);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(name: &str, labels: &[(&str, &str)], value: f64) -> Sample {
+        Sample {
+            name: name.to_owned(),
+            labels: labels
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+                .collect(),
+            value,
+        }
+    }
+
+    #[test]
+    fn row_fits_only_its_own_series() {
+        let row = Row::dropped("client", "server", 1)
+            .syn()
+            .reason(&["NETFILTER_DROP"]);
+        let labels = [
+            ("source_pod", "client"),
+            ("destination_pod", "server"),
+            ("kind", "syn"),
+            ("protocol", "TCP"),
+            ("reason", "NETFILTER_DROP"),
+        ];
+        assert!(row.fits_sample(&sample("whydrop_silent_drops_total", &labels, 1.0)));
+        assert!(!row.fits_sample(&sample("whydrop_rejected_packets_total", &labels, 1.0)));
+        for index in 0..labels.len() {
+            let mut other = labels;
+            other[index].1 = "other";
+            assert!(
+                !row.fits_sample(&sample("whydrop_silent_drops_total", &other, 1.0)),
+                "{other:?}"
+            );
+        }
+        let mut service = labels.to_vec();
+        service.push(("destination_service", "ns/name"));
+        assert!(!row.fits_sample(&sample("whydrop_silent_drops_total", &service, 1.0)));
+        assert!(row.service("ns/name").fits_sample(&sample(
+            "whydrop_silent_drops_total",
+            &service,
+            1.0
+        )));
+    }
+}
