@@ -84,13 +84,12 @@ fn places_in_use() -> Result<()> {
         first.listen().to_string(),
         first.socket().display().to_string(),
     );
-    let taken = refused(&[
+    let said = refused(&[
         "--listen",
         &listen,
         "--socket",
         &other.display().to_string(),
     ])?;
-    let said = String::from_utf8_lossy(&taken.stderr).into_owned();
     ensure!(said.contains(&listen), "it does not name {listen}: {said}");
     let said = refused(&["--listen", "127.0.0.1:0", "--socket", &socket])?;
     ensure!(said.contains(&socket), "it does not name {socket}: {said}");
