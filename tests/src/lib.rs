@@ -4,6 +4,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`lab`] | client, router, server and a second pair, as network namespaces that clean up after themselves |
+//! | [`place`] | the names of its hosts and addresses |
 //! | [`objects`] | the lab's addresses as Kubernetes objects, for `--objects` |
 //! | [`packet`] | packets as bytes, also those that no socket would send |
 //! | [`traffic`] | connects, bursts and raw packets, sent from inside a namespace |
@@ -26,6 +27,7 @@ pub mod expect;
 pub mod lab;
 pub mod objects;
 pub mod packet;
+pub mod place;
 pub mod scene;
 pub mod traffic;
 pub mod xdp;
