@@ -1,1 +1,52 @@
-//! Stub.
+//! The lab: real packets, really dropped between network namespaces, and compared with counters
+//! that someone else keeps.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`lab`] | client, router, server and a second pair, as network namespaces that clean up after themselves |
+//! | [`place`] | the names of its hosts and addresses |
+//! | [`objects`] | the lab's addresses as Kubernetes objects, for `--objects` |
+//! | [`packet`] | packets as bytes, also those that no socket would send |
+//! | [`traffic`] | connects, bursts and raw packets, sent from inside a namespace |
+//! | [`bystander`] | allowed traffic of the second pair, which must never be blamed |
+//! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
+//! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
+//! | [`agent`] | the agent as a process: start, scrape, read events, stop |
+//! | [`scene`] | a lab with a dropper, an agent and a bystander: what nearly every test needs |
+//! | [`expect`](mod@expect) | what the agent must show for a lab, and nothing else |
+//!
+//! An agent sees the whole node, so also the drops of tests that run at the same time. Every lab
+//! therefore has addresses of its own, and what is checked is checked by pair. A test on node-wide
+//! sums stands in `tests/exact.rs`: cargo runs one test binary after the other, and that file takes
+//! the lab's lock for itself, so that no lab of another process runs meanwhile.
+
+pub mod agent;
+pub mod bystander;
+pub mod counters;
+pub mod expect;
+pub mod lab;
+pub mod objects;
+pub mod packet;
+pub mod place;
+pub mod scene;
+pub mod traffic;
+pub mod xdp;
+
+/// Makes of each function `fn name(family: Family) -> Result<()>` two tests, `name::ipv4` and
+/// `name::ipv6`.
+#[macro_export]
+macro_rules! on_both_families {
+    ($($name:ident),+ $(,)?) => {$(
+        mod $name {
+            #[test]
+            fn ipv4() -> anyhow::Result<()> {
+                super::$name($crate::lab::Family::V4)
+            }
+
+            #[test]
+            fn ipv6() -> anyhow::Result<()> {
+                super::$name($crate::lab::Family::V6)
+            }
+        }
+    )+};
+}

@@ -1,0 +1,349 @@
+//! The agent as a process.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use whydrop::event::Line;
+
+use crate::lab::Lab;
+use crate::objects;
+
+/// Until the agent must be ready: it reads the kernel's BTF and has its programs verified, on a
+/// machine where other tests do the same.
+const START: Duration = Duration::from_secs(20);
+/// Within which it must end on SIGTERM.
+pub const STOP: Duration = Duration::from_secs(2);
+/// How often something is asked again until its deadline.
+pub const POLL: Duration = Duration::from_millis(20);
+
+/// One line of `/metrics`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    /// The metric's name.
+    pub name: String,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Its value.
+    pub value: f64,
+}
+
+impl Sample {
+    /// A label's value, empty where there is none.
+    pub fn label(&self, name: &str) -> &str {
+        self.labels.get(name).map_or("", String::as_str)
+    }
+}
+
+/// A running agent. Dropping it kills it.
+pub struct Agent {
+    child: Child,
+    listen: SocketAddr,
+    socket: PathBuf,
+    lines: Arc<Mutex<Vec<Line>>>,
+    /// Objects, socket and log; removed with the agent.
+    directory: tempfile::TempDir,
+}
+
+impl Agent {
+    /// Starts an agent that knows the lab's objects, waits until it is ready, and follows its
+    /// events.
+    ///
+    /// # Errors
+    /// The binary is missing, or it does not get ready; shows its log.
+    pub fn start(lab: &Lab) -> Result<Self> {
+        Self::start_with(&lab.node(), &objects::list(lab), &[])
+    }
+
+    /// As [`Agent::start`], with a node name, objects and further arguments.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub fn start_with(node: &str, objects: &Value, arguments: &[&str]) -> Result<Self> {
+        let directory = tempfile::Builder::new()
+            .prefix("whydrop-lab-")
+            .tempdir()
+            .context("make a temporary directory")?;
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("objects.yaml"), serde_json::to_string_pretty(objects)?)
+            .context("write the objects")?;
+        // Free a moment ago; whoever takes it in between makes the start fail, loudly.
+        let listen = TcpListener::bind(("127.0.0.1", 0))
+            .and_then(|listener| listener.local_addr())
+            .context("find a free port on 127.0.0.1: is the loopback device up?")?;
+        let log = File::create(path("log")).context("create the agent's log")?;
+        let child = Command::new(binary()?)
+            .args(["agent", "--cluster", "none", "--node-name", node])
+            .args(["--listen", &listen.to_string()])
+            .arg("--objects")
+            .arg(path("objects.yaml"))
+            .arg("--socket")
+            .arg(path("agent.sock"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("start the agent")?;
+        let mut agent = Self {
+            child,
+            listen,
+            socket: path("agent.sock"),
+            lines: Arc::default(),
+            directory,
+        };
+        agent
+            .wait_ready()
+            .with_context(|| format!("the agent's log:\n{}", agent.log()))?;
+        agent.follow()?;
+        Ok(agent)
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + START;
+        loop {
+            if let Some(status) = self.child.try_wait().context("wait for the agent")? {
+                bail!("the agent ended at once: {status}");
+            }
+            let answer = self.get("/readyz");
+            if matches!(&answer, Ok((200, _))) {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the agent is not ready after {START:?}; /readyz says {answer:?}"
+            );
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Reads the stream of events on a thread that ends with the agent.
+    fn follow(&self) -> Result<()> {
+        let mut stream = UnixStream::connect(&self.socket)
+            .with_context(|| format!("connect to {}", self.socket.display()))?;
+        // HTTP/1.0: the body is the rest of the stream, not chunks.
+        stream.write_all(b"GET /v1/drops?follow=true HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+        let mut reader = BufReader::new(stream);
+        let mut status = String::new();
+        reader
+            .read_line(&mut status)
+            .context("read the answer of /v1/drops")?;
+        ensure!(status.contains(" 200 "), "/v1/drops answers {status:?}");
+        let mut header = String::new();
+        while reader.read_line(&mut header)? > 2 {
+            header.clear();
+        }
+        let lines = Arc::clone(&self.lines);
+        std::thread::spawn(move || {
+            for text in reader.lines() {
+                let Ok(text) = text else { return };
+                match serde_json::from_str(&text) {
+                    Ok(line) => lines
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push(line),
+                    Err(error) => eprintln!("a line that is no event ({error}): {text}"),
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// The lines of the stream so far.
+    pub fn lines(&self) -> Vec<Line> {
+        self.lines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// The process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Where `/metrics` is.
+    pub fn listen(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// The local API's socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The file that `--objects` names, for tests that change it.
+    pub fn objects(&self) -> PathBuf {
+        self.directory.path().join("objects.yaml")
+    }
+
+    /// What the agent logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
+    /// GET of a path: status and body.
+    ///
+    /// # Errors
+    /// Nobody answers, or not in HTTP.
+    pub fn get(&self, path: &str) -> Result<(u16, String)> {
+        let mut stream = TcpStream::connect_timeout(&self.listen, START)
+            .with_context(|| format!("connect to the agent at {}", self.listen))?;
+        stream.set_read_timeout(Some(START))?;
+        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer
+            .split_once("\r\n\r\n")
+            .with_context(|| format!("{path} answers {answer:?}"))?;
+        let status = head
+            .split(' ')
+            .nth(1)
+            .and_then(|status| status.parse().ok())
+            .with_context(|| format!("{path} answers {head:?}"))?;
+        Ok((status, body.to_owned()))
+    }
+
+    /// All of `/metrics`.
+    ///
+    /// # Errors
+    /// The agent does not answer, or with what is no OpenMetrics text.
+    pub fn metrics(&self) -> Result<Vec<Sample>> {
+        let (status, body) = self.get("/metrics")?;
+        ensure!(status == 200, "/metrics answers {status}: {body}");
+        body.lines()
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+            .map(|line| parse(line).with_context(|| format!("a line of /metrics: {line:?}")))
+            .collect()
+    }
+
+    /// Asks the agent to end and waits for it.
+    ///
+    /// # Errors
+    /// It is still there after [`STOP`].
+    pub fn stop(self) -> Result<ExitStatus> {
+        self.stop_by(Signal::SIGTERM)
+    }
+
+    /// Sends the agent a signal and waits for its end.
+    ///
+    /// # Errors
+    /// It is still there after [`STOP`].
+    pub fn stop_by(mut self, signal: Signal) -> Result<ExitStatus> {
+        kill(Pid::from_raw(self.child.id().try_into()?), signal)
+            .with_context(|| format!("send {signal} to the agent"))?;
+        let deadline = Instant::now() + STOP;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the agent still runs {STOP:?} after {signal}; its log:\n{}",
+                self.log()
+            );
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("the agent's log:\n{}", self.log());
+        }
+    }
+}
+
+/// The `whydrop` binary: `$WHYDROP_BIN`, else the one that cargo built beside this test.
+///
+/// # Errors
+/// There is none; says how to build it.
+pub fn binary() -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os("WHYDROP_BIN") {
+        return Ok(path.into());
+    }
+    let here = std::env::current_exe().context("find this program's own path")?;
+    here.ancestors()
+        .skip(1)
+        // target/debug/deps for tests, target/debug for binaries.
+        .take(2)
+        .map(|directory| directory.join("whydrop"))
+        .find(|path| path.is_file())
+        .context(
+            "the whydrop binary is not built: run `cargo build -p whydrop` with the same profile, \
+             or set WHYDROP_BIN",
+        )
+}
+
+/// One sample line of the OpenMetrics text format.
+fn parse(line: &str) -> Result<Sample> {
+    let name_end = line.find(['{', ' ']).context("no value")?;
+    let (name, mut rest) = line.split_at(name_end);
+    let mut labels = BTreeMap::new();
+    if let Some(inner) = rest.strip_prefix('{') {
+        rest = inner;
+        loop {
+            rest = rest.trim_start_matches(',');
+            if let Some(after) = rest.strip_prefix('}') {
+                rest = after;
+                break;
+            }
+            let (label, value) = rest.split_once("=\"").context("a label without a value")?;
+            let mut text = String::new();
+            let mut characters = value.char_indices();
+            let end = loop {
+                match characters.next().context("an open quotation mark")? {
+                    (index, '"') => break index,
+                    (_, '\\') => match characters.next().context("an open escape")?.1 {
+                        'n' => text.push('\n'),
+                        other => text.push(other),
+                    },
+                    (_, other) => text.push(other),
+                }
+            };
+            labels.insert(label.to_owned(), text);
+            rest = &value[end + 1..];
+        }
+    }
+    let value = rest
+        .split_whitespace()
+        .next()
+        .context("no value")?
+        .parse()?;
+    Ok(Sample {
+        name: name.to_owned(),
+        labels,
+        value,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parses_samples() {
+        let sample = parse(r#"m_total{a="x",b="q\"\\\n, }",c=""} 12.5 1700000000"#).unwrap();
+        assert_eq!((sample.name.as_str(), sample.value), ("m_total", 12.5));
+        assert_eq!(sample.label("a"), "x");
+        assert_eq!(sample.label("b"), "q\"\\\n, }");
+        assert_eq!(sample.label("c"), "");
+        assert_eq!(parse("plain 3").unwrap().value, 3.0);
+        assert!(parse(r#"m{a="x} 1"#).is_err());
+    }
+}
