@@ -9,7 +9,9 @@ use anyhow::{Context as _, Result};
 use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
 use aya::programs::{BtfTracePoint, Program, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
-use whydrop_ebpf::{Control, Cpu, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS};
+use whydrop_ebpf::{
+    Control, Cpu, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS,
+};
 
 use super::btf::{self, KernelTypes};
 use super::budget::Budget;
@@ -126,9 +128,12 @@ pub struct Loaded {
 /// Errors: no BTF, no rights, or no way to see drops; each with what to do.
 pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
     let types = btf::read()?;
-    let budget = Budget::new(map_memory_bytes, aya::util::nr_cpus().map_err(|(_, e)| e).context(
-        "cannot read the number of possible CPUs from /sys/devices/system/cpu/possible",
-    )?)?;
+    let budget = Budget::new(
+        map_memory_bytes,
+        aya::util::nr_cpus().map_err(|(_, e)| e).context(
+            "cannot read the number of possible CPUs from /sys/devices/system/cpu/possible",
+        )?,
+    )?;
     raise_memlock();
     // aya reads BTF once more for attaching: it keeps function signatures, btf-rs struct members.
     let btf = Btf::from_sys_fs().context("cannot read /sys/kernel/btf/vmlinux")?;
@@ -144,7 +149,10 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
     for hook in &HOOKS {
         let result = attach(&mut ebpf, hook, &btf);
         if hook.source == DROPS {
-            result.as_ref().map_err(|e| anyhow::anyhow!("{e}")).with_context(refused)?;
+            result
+                .as_ref()
+                .map_err(|e| anyhow::anyhow!("{e}"))
+                .with_context(refused)?;
         }
         let (hook_name, why) = match result {
             Ok((name, program)) => {
@@ -163,13 +171,14 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
             why,
         });
     }
-    let has_conntrack = offsets.ct_tuplehash != whydrop_ebpf::MISSING
-        && offsets.skb_nfct != whydrop_ebpf::MISSING;
+    let has_conntrack =
+        offsets.ct_tuplehash != whydrop_ebpf::MISSING && offsets.skb_nfct != whydrop_ebpf::MISSING;
     sources.push(SourceStatus {
         source: SERVICES,
         up: has_conntrack,
         hook: has_conntrack.then(|| "skb->_nfct".to_owned()),
-        why: (!has_conntrack).then(|| format!("missing in the kernel's BTF: {}", types.missing.join(", "))),
+        why: (!has_conntrack)
+            .then(|| format!("missing in the kernel's BTF: {}", types.missing.join(", "))),
         lost: (!has_conntrack).then_some("the Service that a packet was sent to is not named"),
     });
 
@@ -184,14 +193,18 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
     });
 
     let take = |ebpf: &mut Ebpf, name: &str| {
-        ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
+        ebpf.take_map(name)
+            .with_context(|| format!("the eBPF object has no map {name}"))
     };
     let flows = [take(&mut ebpf, "FLOWS_0")?, take(&mut ebpf, "FLOWS_1")?];
     let flow_fds = [map_fd(&flows[0])?, map_fd(&flows[1])?];
     let [flows_0, flows_1] = flows;
     let maps = Maps {
         control: Array::try_from(take(&mut ebpf, "CONTROL")?)?,
-        flows: [PerCpuHashMap::try_from(flows_0)?, PerCpuHashMap::try_from(flows_1)?],
+        flows: [
+            PerCpuHashMap::try_from(flows_0)?,
+            PerCpuHashMap::try_from(flows_1)?,
+        ],
         flow_fds,
         overflow: PerCpuHashMap::try_from(take(&mut ebpf, "OVERFLOW")?)?,
         benign: PerCpuArray::try_from(take(&mut ebpf, "BENIGN_COUNT")?)?,
@@ -211,7 +224,13 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
 }
 
 /// The object with globals and map sizes set; its programs are not loaded yet.
-fn open(offsets: &Offsets, types: &KernelTypes, budget: &Budget, btf: &Btf, log: bool) -> Result<Ebpf> {
+fn open(
+    offsets: &Offsets,
+    types: &KernelTypes,
+    budget: &Budget,
+    btf: &Btf,
+    log: bool,
+) -> Result<Ebpf> {
     let offsets = Plain(*offsets);
     let mut benign = Plain([0u8; REASONS]);
     for (number, name) in &types.reasons {
@@ -238,7 +257,12 @@ fn open(offsets: &Offsets, types: &KernelTypes, budget: &Budget, btf: &Btf, log:
 
 /// Attaches one hook in an object of its own, and takes it off again.
 fn probe(types: &KernelTypes, budget: &Budget, btf: &Btf, hook: &Hook) -> Result<(), String> {
-    let small = Budget { flows: 1, overflow: 1, ring_bytes: 4096, ..*budget };
+    let small = Budget {
+        flows: 1,
+        overflow: 1,
+        ring_bytes: 4096,
+        ..*budget
+    };
     let mut ebpf = open(&types.offsets, types, &small, btf, false).map_err(|e| format!("{e:#}"))?;
     attach(&mut ebpf, hook, btf).map(|_| ())
 }
@@ -265,7 +289,10 @@ fn attach_typed(ebpf: &mut Ebpf, name: &str, tracepoint: &str, btf: &Btf) -> Res
 fn attach_raw(ebpf: &mut Ebpf, name: &str, tracepoint: &str) -> Result<(), String> {
     let program: &mut RawTracePoint = program(ebpf, name)?;
     program.load().map_err(|e| brief(&e))?;
-    program.attach(tracepoint).map(|_| ()).map_err(|e| brief(&e))
+    program
+        .attach(tracepoint)
+        .map(|_| ())
+        .map_err(|e| brief(&e))
 }
 
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, String>
@@ -294,7 +321,8 @@ fn refused() -> String {
          lockdown=confidentiality forbids it)"
             .to_owned()
     } else {
-        "whydrop needs root, or CAP_BPF and CAP_PERFMON, to observe drops: run it with sudo".to_owned()
+        "whydrop needs root, or CAP_BPF and CAP_PERFMON, to observe drops: run it with sudo"
+            .to_owned()
     }
 }
 
@@ -310,7 +338,10 @@ fn map_fd(map: &Map) -> Result<std::os::fd::OwnedFd> {
     let Map::PerCpuHashMap(data) = map else {
         anyhow::bail!("a flow map is no per-CPU hash");
     };
-    data.fd().as_fd().try_clone_to_owned().context("cannot duplicate a map's file descriptor")
+    data.fd()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("cannot duplicate a map's file descriptor")
 }
 
 fn program_fd(ebpf: &Ebpf, name: &str) -> Option<std::os::fd::OwnedFd> {

@@ -7,7 +7,9 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use whydrop_ebpf::{Control, Cpu, DropEvent, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS};
+use whydrop_ebpf::{
+    Control, Cpu, DropEvent, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS,
+};
 
 /// A type that the kernel's bytes can be read as.
 #[repr(transparent)]
@@ -81,7 +83,11 @@ pub fn drain_flows(
     loop {
         let mut next = 0u32;
         let mut attr = BatchAttr {
-            in_batch: if started { &raw const position as u64 } else { 0 },
+            in_batch: if started {
+                &raw const position as u64
+            } else {
+                0
+            },
             out_batch: &raw mut next as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
@@ -106,7 +112,9 @@ pub fn drain_flows(
             return Err(error);
         }
         for i in 0..(attr.count as usize).min(chunk) {
-            let Some(key) = read::<FlowKey>(&keys[i * KEY..]) else { continue };
+            let Some(key) = read::<FlowKey>(&keys[i * KEY..]) else {
+                continue;
+            };
             let mut sum = FlowCount::default();
             for cpu in 0..cpus {
                 if let Some(count) = read::<FlowCount>(&values[(i * cpus + cpu) * VALUE..]) {
@@ -130,5 +138,9 @@ pub fn wait_for_programs() -> io::Result<()> {
     const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
     // SAFETY: the call takes no pointers.
     let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
