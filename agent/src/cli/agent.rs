@@ -80,9 +80,10 @@ async fn serve(args: AgentArgs) -> Result<()> {
 
     let log = tracing::enabled!(target: "whydrop_programs", tracing::Level::DEBUG);
     let map_memory_bytes = args.map_memory.0;
-    let loaded = tokio::task::spawn_blocking(move || load::load(map_memory_bytes, log))
-        .await
-        .context("loading the programs failed")??;
+    let loaded =
+        tokio::task::spawn_blocking(move || load::load(map_memory_bytes, args.attach, log))
+            .await
+            .context("loading the programs failed")??;
     let (observer, ebpf) = Observer::start(&state, loaded, log)?;
     let servers = [
         tokio::spawn(http::serve_metrics(

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::cli::config::{CheckArgs, ReportOutput};
-use crate::source::load::{self, DROPS, SourceStatus};
+use crate::source::load::{self, Attach, DROPS, SourceStatus};
 use crate::source::symbols::Locator;
 
 /// Enough for every program to load; nothing is counted for longer than the check takes.
@@ -19,7 +19,7 @@ const MAP_MEMORY_BYTES: u64 = 4 << 20;
 /// # Errors
 /// If the report cannot be written.
 pub fn run(args: CheckArgs) -> Result<ExitCode> {
-    let (sources, problem) = match load::load(MAP_MEMORY_BYTES, false) {
+    let (sources, problem) = match load::load(MAP_MEMORY_BYTES, Attach::Auto, false) {
         Ok(loaded) => (loaded.sources.clone(), None),
         Err(error) => (Vec::new(), Some(format!("{error:#}"))),
     };

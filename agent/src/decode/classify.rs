@@ -115,6 +115,8 @@ const TABLE: &[Row] = &[
     row("", "packet_rcv*", Always, Benign, "a packet socket's own copy (6.1: NOT_SPECIFIED)"),
     row("", "tpacket_rcv", Always, Benign, "a packet socket's own copy (6.1: NOT_SPECIFIED)"),
     row("", "ping_rcv", Icmp, Benign, "an echo reply for a raw-socket ping (5.10)"),
+    row("", "icmp_rcv", Icmp, Benign, "an ICMP message that was taken, or that nobody waits for (5.10)"),
+    row("", "icmpv6_rcv", Icmp, Benign, "as icmp_rcv"),
     row("", "unix_*", NotIp, Benign, "a Unix socket, no packet of the network"),
     row("", "netlink_*", NotIp, Benign, "a netlink message, no packet of the network"),
     row("", "arp_*", NotIp, Benign, "an ARP message that asks or tells nothing new (arp_process, 6.18)"),

@@ -121,12 +121,22 @@ pub struct Loaded {
     pub programs: Vec<(String, std::os::fd::OwnedFd)>,
 }
 
+/// How programs are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Attach {
+    /// `tp_btf` where the kernel takes it, else `raw_tp`.
+    Auto,
+    /// `raw_tp` only: slower, and without the trampolines that some kernels build wrongly.
+    #[value(name = "raw_tp")]
+    RawTp,
+}
+
 /// Loads the programs and attaches them.
 ///
 /// `log` switches the programs' own messages on; without it they are not even in the loaded code.
 ///
 /// Errors: no BTF, no rights, or no way to see drops; each with what to do.
-pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
+pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
     let types = btf::read()?;
     let budget = Budget::new(
         map_memory_bytes,
@@ -139,7 +149,7 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
     let btf = Btf::from_sys_fs().context("cannot read /sys/kernel/btf/vmlinux")?;
 
     // `icmp_send` decides how told.rs is compiled, so it is probed first, by attaching.
-    let has_icmp_send = probe(&types, &budget, &btf, &HOOKS[0]).is_ok();
+    let has_icmp_send = probe(&types, &budget, how, &btf).is_ok();
     let mut offsets = types.offsets;
     offsets.has_icmp_send = u32::from(has_icmp_send);
     let mut ebpf = open(&offsets, &types, &budget, &btf, log)?;
@@ -147,7 +157,7 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
     let mut sources = Vec::new();
     let mut programs = Vec::new();
     for hook in &HOOKS {
-        let result = attach(&mut ebpf, hook, &btf);
+        let result = attach(&mut ebpf, hook, how, &btf);
         if hook.source == DROPS {
             result
                 .as_ref()
@@ -255,8 +265,8 @@ fn open(
         .with_context(refused)
 }
 
-/// Attaches one hook in an object of its own, and takes it off again.
-fn probe(types: &KernelTypes, budget: &Budget, btf: &Btf, hook: &Hook) -> Result<(), String> {
+/// Attaches the first hook in an object of its own, and takes it off again.
+fn probe(types: &KernelTypes, budget: &Budget, how: Attach, btf: &Btf) -> Result<(), String> {
     let small = Budget {
         flows: 1,
         overflow: 1,
@@ -264,15 +274,23 @@ fn probe(types: &KernelTypes, budget: &Budget, btf: &Btf, hook: &Hook) -> Result
         ..*budget
     };
     let mut ebpf = open(&types.offsets, types, &small, btf, false).map_err(|e| format!("{e:#}"))?;
-    attach(&mut ebpf, hook, btf).map(|_| ())
+    attach(&mut ebpf, &HOOKS[0], how, btf).map(|_| ())
 }
 
 /// Attaches the first program of a hook that the kernel takes: its description and its name.
-fn attach(ebpf: &mut Ebpf, hook: &Hook, btf: &Btf) -> Result<(String, &'static str), String> {
+fn attach(
+    ebpf: &mut Ebpf,
+    hook: &Hook,
+    how: Attach,
+    btf: &Btf,
+) -> Result<(String, &'static str), String> {
     let [typed, raw] = hook.programs;
-    let first = match attach_typed(ebpf, typed, hook.tracepoint, btf) {
-        Ok(()) => return Ok((format!("tp_btf/{}", hook.tracepoint), typed)),
-        Err(e) => e,
+    let first = match how {
+        Attach::RawTp => "not tried, because of --attach raw_tp".to_owned(),
+        Attach::Auto => match attach_typed(ebpf, typed, hook.tracepoint, btf) {
+            Ok(()) => return Ok((format!("tp_btf/{}", hook.tracepoint), typed)),
+            Err(e) => e,
+        },
     };
     match attach_raw(ebpf, raw, hook.tracepoint) {
         Ok(()) => Ok((format!("raw_tp/{}", hook.tracepoint), raw)),
