@@ -28,6 +28,7 @@ use crate::source::drain::{Drained, Drainer, Totals};
 use crate::source::events::{Events, WallClock, pollable};
 use crate::source::load::{self, Loaded};
 use crate::source::symbols::Locator;
+use crate::source::sys;
 use crate::state::{MapStatus, ProgramStatus, State, lock};
 
 /// Generations that wait for the pipeline. The drain thread blocks at the third, and the kernel map
@@ -45,6 +46,7 @@ const END_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// # Errors
 /// What keeps the agent from starting, and what to do.
 pub fn run(args: AgentArgs) -> Result<ExitCode> {
+    sys::keep_heap_small();
     // Two: a scrape that encodes 10,000 series must not hold up the reading of events.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -85,6 +87,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
             .await
             .context("loading the programs failed")??;
     let (observer, ebpf) = Observer::start(&state, loaded, log)?;
+    sys::release_free_memory();
     let servers = [
         tokio::spawn(http::serve_metrics(
             listener,
