@@ -70,6 +70,16 @@ impl Agent {
     /// # Errors
     /// As [`Agent::start`].
     pub fn start_with(node: &str, objects: &Value, arguments: &[&str]) -> Result<Self> {
+        let agent = Self::start_unfollowed(node, objects, arguments)?;
+        agent.follow()?;
+        Ok(agent)
+    }
+
+    /// As [`Agent::start_with`], but nobody follows its events: for what is measured.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub fn start_unfollowed(node: &str, objects: &Value, arguments: &[&str]) -> Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("whydrop-lab-")
             .tempdir()
@@ -105,7 +115,6 @@ impl Agent {
         agent
             .wait_ready()
             .with_context(|| format!("the agent's log:\n{}", agent.log()))?;
-        agent.follow()?;
         Ok(agent)
     }
 
