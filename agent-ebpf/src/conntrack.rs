@@ -1,9 +1,10 @@
 //! What a packet's conntrack entry tells: the destination before DNAT, and the real one of a reply.
 
-use whydrop_ebpf::{FlowKey, MISSING, TupleHash};
+use whydrop_ebpf::{FLAG_ENCAPSULATED, FlowKey, MISSING, TupleHash};
 
 use crate::access::{copy, field};
 use crate::maps::offset;
+use crate::packet::{ICMP, ICMPV6};
 
 /// The low bits of `skb->_nfct` are `enum ip_conntrack_info`, the rest is the entry's address
 /// (include/linux/skbuff.h, NFCT_PTRMASK).
@@ -35,7 +36,12 @@ pub fn entry(nfct: u64) -> u64 {
 /// Fills in where the packet went before DNAT, if it is one of the original direction.
 #[inline(always)]
 pub fn original_destination(nfct: u64, key: &mut FlowKey) {
-    if entry(nfct) == 0 || nfct & INFO >= IS_REPLY || offset!(ct_status) == MISSING {
+    // The entry of a tunnel's packet says nothing of the flow inside.
+    if entry(nfct) == 0
+        || nfct & INFO >= IS_REPLY
+        || offset!(ct_status) == MISSING
+        || key.flags & FLAG_ENCAPSULATED != 0
+    {
         return;
     }
     let mut status = 0u32;
@@ -49,26 +55,37 @@ pub fn original_destination(nfct: u64, key: &mut FlowKey) {
 #[inline(always)]
 fn translated(entry: u64, key: &mut FlowKey) {
     let mut original = TupleHash::default();
-    if unsafe { copy(&mut original, entry + u64::from(offset!(ct_tuplehash))) }
-        && original.destination.address != key.destination
-    {
+    if !unsafe { copy(&mut original, entry + u64::from(offset!(ct_tuplehash))) } {
+        return;
+    }
+    let port = u16::from_be(original.destination.port_be);
+    // Before its DNAT a packet still has the original destination.
+    if original.destination.address != key.destination || port != key.destination_port {
         key.original_destination = original.destination.address;
-        key.original_destination_port = u16::from_be(original.destination.port_be);
+        key.original_destination_port = port;
     }
 }
 
-/// The flow in its original direction as it is between DNAT and SNAT, which is how a packet looks
-/// where it is filtered: from the original source to the source of the replies.
+/// Fills in the flow of the packet that is answered as it is between DNAT and SNAT, which is how it
+/// looks where it is filtered: from who sent it to who should have received it. `nfct` is the
+/// answer's; it goes the other way. ICMP has ids in place of ports, so its key keeps type and code.
 #[inline(always)]
-pub fn filtered_flow(entry: u64, key: &mut FlowKey) -> bool {
+pub fn answered_flow(nfct: u64, key: &mut FlowKey) {
     let mut tuples = [TupleHash::default(); 2];
     if offset!(ct_tuplehash) == MISSING
-        || !unsafe { copy(&mut tuples, entry + u64::from(offset!(ct_tuplehash))) }
+        || !unsafe { copy(&mut tuples, entry(nfct) + u64::from(offset!(ct_tuplehash))) }
     {
-        return false;
+        return;
     }
-    key.source = tuples[0].source.address;
-    key.destination = tuples[1].source.address;
-    key.destination_port = u16::from_be(tuples[1].source.port_be);
-    true
+    // tuples[0] is what the connection's first packet was, [1] what its replies are.
+    let (from, to) = if nfct & INFO >= IS_REPLY {
+        (&tuples[0].source, &tuples[1].source)
+    } else {
+        (&tuples[1].source, &tuples[0].source)
+    };
+    key.source = from.address;
+    key.destination = to.address;
+    if key.protocol != ICMP && key.protocol != ICMPV6 {
+        key.destination_port = u16::from_be(to.port_be);
+    }
 }

@@ -9,16 +9,14 @@ use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use aya_log_ebpf::debug;
 use whydrop_ebpf::{
     Control, Cpu, DropEvent, EVENTS_PER_DNS_FLOW, EVENTS_PER_FLOW, FLAG_LOCAL_DATAGRAM, FlowCount,
-    FlowKey, KIND_DNS, KIND_PACKET, MISSING, OverflowCount, OverflowKey, Packet, PerCpu, REASONS, SNAP_LEN,
-    TOLD_NAMED, TOLD_SEEN, UNTOLD, Work,
+    FlowKey, KIND_DNS, KIND_PACKET, MISSING, OverflowCount, OverflowKey, Packet, PerCpu, REASONS,
+    SNAP_LEN, TOLD_COUNTED, UNTOLD, Work,
 };
 
 use crate::access::{copy, field};
 use crate::conntrack;
-use crate::maps::{
-    BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, offset,
-};
-use crate::packet::{self, TCP, UDP};
+use crate::maps::{BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, offset};
+use crate::packet::{self, ICMP, ICMPV6, MAC_HEADER_UNSET, SCTP, TCP, UDP};
 use crate::told;
 
 /// `tp_btf`: `skb`, `location`, and since 5.17 `reason`.
@@ -50,20 +48,24 @@ unsafe fn count<C, const TYPED: bool>(ctx: &C, skb: *const u8, location: u64, re
     let (Some(own), Some(control)) = (CPU.get_ptr_mut(0), CONTROL.get_ptr(0)) else {
         return; // These elements always exist.
     };
-    let (PerCpu { cpu, drop: work, .. }, control) = unsafe { (&mut *own, &*control) };
-    cpu.drops += 1;
-    if is_benign(reason) {
-        if let Some(packets) = BENIGN_COUNT.get_ptr_mut(reason) {
-            unsafe { *packets += 1 };
-        }
-        return;
-    }
+    let (
+        PerCpu {
+            cpu, drop: work, ..
+        },
+        control,
+    ) = unsafe { (&mut *own, &*control) };
     if work.busy != 0 {
         cpu.missed += 1;
         return;
     }
     work.busy = 1;
-    unsafe { count_flow::<_, TYPED>(ctx, skb, location, reason, cpu, control, work) };
+    if is_benign(reason) {
+        if let Some(packets) = BENIGN_COUNT.get_ptr_mut(reason) {
+            unsafe { *packets += 1 };
+        }
+    } else {
+        unsafe { count_flow::<_, TYPED>(ctx, skb, location, reason, cpu, control, work) };
+    }
     work.busy = 0;
 }
 
@@ -78,7 +80,7 @@ unsafe fn count_flow<C, const TYPED: bool>(
     work: &mut Work,
 ) {
     work.key = FlowKey {
-        location,
+        location: location as u32,
         reason,
         ..FlowKey::default()
     };
@@ -87,7 +89,7 @@ unsafe fn count_flow<C, const TYPED: bool>(
     let Work { key, packet, .. } = work;
     unsafe { place::<TYPED>(skb, key) };
     conntrack::original_destination(nfct, key);
-    if key.original_destination_port == 53 && key.protocol == UDP && key.kind == KIND_PACKET {
+    if key.original_destination_port == 53 && packet.is_query != 0 && key.kind == KIND_PACKET {
         key.kind = KIND_DNS; // A query that DNAT sent to another port.
     }
     if key.ip_version == 0 {
@@ -96,49 +98,69 @@ unsafe fn count_flow<C, const TYPED: bool>(
             "no IP header: ethertype {:x} reason {}", packet.ethertype, reason
         );
     }
-    // Nobody is told of the loss of an answer (RFC 1122, 3.2.2; RFC 9293, 3.10.7.1).
-    let told = if packet.is_answer != 0 {
-        UNTOLD
-    } else {
-        told::was_told(cpu, skb, conntrack::entry(nfct), key)
-    };
+    // Asked also for answers, so that what was an answer to them waits for nobody else; but nobody
+    // is told of the loss of an answer (RFC 1122, 3.2.2; RFC 9293, 3.10.7.1).
+    let mut told = told::was_told(cpu, conntrack::entry(nfct), key);
+    if packet.is_answer != 0 {
+        told = UNTOLD;
+    }
 
     cpu.counted += 1;
+    // Read once: it can change at any time.
+    let generation = unsafe { (&raw const control.generation).read_volatile() };
     // One map each generation; both branches end in the same lines.
-    let before = if control.generation & 1 == 0 {
-        add(&FLOWS_0, key, told)
+    let count = if generation & 1 == 0 {
+        add(&FLOWS_0, cpu, key, told)
     } else {
-        add(&FLOWS_1, key, told)
+        add(&FLOWS_1, cpu, key, told)
     };
-    let Some(before) = before else {
+    let Some(count) = count else {
         cpu.overflow += 1;
         if !overflow(key, told) {
-            cpu.unplaced += 1;
-            cpu.unplaced_told += u64::from(told != UNTOLD);
+            if told == UNTOLD {
+                cpu.unplaced += 1;
+            } else {
+                cpu.unplaced_told += 1;
+            }
         }
         return;
     };
-    let limit = if key.kind == KIND_DNS {
+    if !may_send(cpu, control, count, key.kind) {
+        return;
+    }
+    if !unsafe { send::<TYPED>(skb, key, packet, told, generation) } {
+        cpu.ring_full += 1;
+    }
+}
+
+/// Takes one event from the limits of the flow and of the CPU.
+#[inline(always)]
+fn may_send(cpu: &mut Cpu, control: &Control, count: &mut FlowCount, kind: u8) -> bool {
+    let window = control.window;
+    if count.window != window {
+        count.window = window;
+        count.events = 0;
+    }
+    let limit = if kind == KIND_DNS {
         EVENTS_PER_DNS_FLOW
     } else {
         EVENTS_PER_FLOW
     };
-    if before >= limit {
+    if count.events >= limit {
         cpu.limited_flow += 1;
-        return;
+        return false;
     }
-    if cpu.events_generation != control.generation {
-        cpu.events_generation = control.generation;
+    if cpu.window != window {
+        cpu.window = window;
         cpu.events = 0;
     }
     if cpu.events >= control.events_per_cpu {
         cpu.limited_cpu += 1;
-        return;
+        return false;
     }
+    count.events += 1;
     cpu.events += 1;
-    if !unsafe { send::<TYPED>(skb, key, packet, told, control.generation) } {
-        cpu.ring_full += 1;
-    }
+    true
 }
 
 #[inline(always)]
@@ -154,57 +176,79 @@ unsafe fn place<const TYPED: bool>(skb: *const u8, key: &mut FlowKey) {
     unsafe {
         let sk = field::<*const u8, TYPED>(skb, offset!(skb_sk));
         let dev = field::<*const u8, TYPED>(skb, offset!(skb_dev));
-        let net = if !dev.is_null() {
-            key.ifindex = field::<u32, TYPED>(dev, offset!(dev_ifindex));
-            field::<*const u8, TYPED>(dev, offset!(dev_net))
-        } else if !sk.is_null() {
-            // Some drops at OUTPUT have no device yet.
-            field::<*const u8, TYPED>(sk, offset!(sock_net))
-        } else {
-            core::ptr::null()
-        };
-        if !net.is_null() {
+        if !dev.is_null() {
+            let net = field::<*const u8, TYPED>(dev, offset!(dev_net));
+            let netns = field::<u32, TYPED>(net, offset!(net_inum));
+            // In a socket's queue `dev` is a union with other things.
+            if netns >= NETNS_MIN {
+                key.netns = netns;
+                key.ifindex = field::<u32, TYPED>(dev, offset!(dev_ifindex));
+            }
+        }
+        if sk.is_null() {
+            return;
+        }
+        // Some drops at OUTPUT have no device yet.
+        if key.netns == 0 {
+            let net = field::<*const u8, TYPED>(sk, offset!(sock_net));
             key.netns = field::<u32, TYPED>(net, offset!(net_inum));
         }
-        // A socket's packet that no device has received is on its way out. TCP and SCTP retry and
-        // do not tell their callers.
-        if !sk.is_null()
-            && key.protocol != TCP
-            && key.protocol != 132
-            && field::<u32, TYPED>(skb, offset!(skb_iif)) == 0
-        {
+        if fails_its_call::<TYPED>(skb, sk, key) {
             key.flags |= FLAG_LOCAL_DATAGRAM;
         }
     }
 }
 
-/// Adds one packet; returns how many this CPU had counted before, or `None` if there is no room.
+/// Inode numbers of namespaces come from the kernel's dynamic range (PROC_DYNAMIC_FIRST, and the
+/// initial ones just below it: include/uapi/linux/nsfs.h, 6.18).
+const NETNS_MIN: u32 = 0xe000_0000;
+/// `sk_protocol` of a raw socket that writes its own IP header.
+const IPPROTO_RAW: u16 = 255;
+
+/// Whether a netfilter drop of this packet is an error of the call that sent it: it left a datagram
+/// socket, has not been received by any device nor come as far as one. TCP and SCTP retry and do not
+/// tell their callers. Of ICMP only echo requests are somebody's: the rest is the kernel's own.
 #[inline(always)]
-fn add(flows: &PerCpuHashMap<FlowKey, FlowCount>, key: &FlowKey, told: u8) -> Option<u64> {
+unsafe fn fails_its_call<const TYPED: bool>(skb: *const u8, sk: *const u8, key: &FlowKey) -> bool {
+    let icmp_type = key.destination_port >> 8;
+    match key.protocol {
+        TCP | SCTP => return false,
+        ICMP if icmp_type != 8 => return false,
+        ICMPV6 if icmp_type != 128 => return false,
+        _ => {}
+    }
+    unsafe {
+        let protocol = field::<u16, TYPED>(sk, offset!(sock_protocol));
+        (protocol == key.protocol.into() || protocol == IPPROTO_RAW)
+            && field::<u32, TYPED>(skb, offset!(skb_iif)) == 0
+            && u32::from(field::<u16, TYPED>(skb, offset!(skb_mac_header))) == MAC_HEADER_UNSET
+    }
+}
+
+/// Adds one packet; returns the flow's counts, or `None` if there is no room.
+#[inline(always)]
+fn add<'a>(
+    flows: &'a PerCpuHashMap<FlowKey, FlowCount>,
+    cpu: &mut Cpu,
+    key: &FlowKey,
+    told: u8,
+) -> Option<&'a mut FlowCount> {
     let mut found = flows.get_ptr_mut(key);
     if found.is_none() {
-        if flows.insert(key, one(told), BPF_NOEXIST.into()).is_ok() {
-            return Some(0);
+        if flows
+            .insert(key, FlowCount::default(), BPF_NOEXIST.into())
+            .is_ok()
+        {
+            cpu.inserted += 1;
         }
-        // Another CPU was first, or the map is full.
+        // There now, by this CPU or another, unless the map is full.
         found = flows.get_ptr_mut(key);
     }
     let count = unsafe { &mut *found? };
-    let before = count.packets;
-    count.packets = before + 1;
-    count.told_named += u32::from(told == TOLD_NAMED);
-    count.told_seen += u32::from(told == TOLD_SEEN);
-    Some(before)
-}
-
-/// The counts of a flow's first packet.
-#[inline(always)]
-fn one(told: u8) -> FlowCount {
-    FlowCount {
-        packets: 1,
-        told_named: u32::from(told == TOLD_NAMED),
-        told_seen: u32::from(told == TOLD_SEEN),
-    }
+    count.packets += 1;
+    count.told += u32::from(told != UNTOLD);
+    count.answers += u32::from(told == TOLD_COUNTED);
+    Some(count)
 }
 
 /// Counts a packet without its flow; false if there is no room for that either.
@@ -213,24 +257,26 @@ fn overflow(key: &FlowKey, told: u8) -> bool {
     let coarse = OverflowKey {
         location: key.location,
         reason: key.reason,
-        protocol: key.protocol,
+        protocol: match key.protocol {
+            ICMP | TCP | UDP | ICMPV6 | SCTP => key.protocol,
+            _ => 0,
+        },
         kind: key.kind,
         flags: key.flags,
         ip_version: key.ip_version,
     };
-    let told = u64::from(told != UNTOLD);
     let mut found = OVERFLOW.get_ptr_mut(coarse);
     if found.is_none() {
-        let count = OverflowCount { packets: 1, told };
-        if OVERFLOW.insert(coarse, count, BPF_NOEXIST.into()).is_ok() {
-            return true;
-        }
+        // Another CPU may be first, or the map be full.
+        let _ = OVERFLOW.insert(coarse, OverflowCount::default(), BPF_NOEXIST.into());
         found = OVERFLOW.get_ptr_mut(coarse);
     }
     let Some(count) = found else { return false };
-    unsafe {
-        (*count).packets += 1;
-        (*count).told += told;
+    let count = unsafe { &mut *count };
+    if told == UNTOLD {
+        count.untold += 1;
+    } else {
+        count.told += 1;
     }
     true
 }
@@ -258,7 +304,7 @@ unsafe fn send<const TYPED: bool>(
         (&raw mut (*event).ethertype).write(packet.ethertype);
         let device = &mut *(&raw mut (*event).device);
         let dev = field::<*const u8, TYPED>(skb, offset!(skb_dev));
-        if dev.is_null()
+        if key.ifindex == 0
             || offset!(dev_name) == MISSING
             || !copy(device, dev as u64 + u64::from(offset!(dev_name)))
         {

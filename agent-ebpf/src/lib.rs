@@ -15,13 +15,12 @@ pub const MISSING: u32 = u32::MAX;
 /// behind IPv6, UDP, VXLAN, Ethernet, IPv6, UDP and the DNS header: 40+8+8+14+40+8+12+255+4 = 389.
 pub const SNAP_LEN: usize = 392;
 
-/// Events of one flow in one generation and on one CPU; what exceeds it is only counted, and said
-/// in one line a second. A generation lasts about 100 ms, so a flow of under 40 packets a second
-/// shows each one.
-pub const EVENTS_PER_FLOW: u64 = 4;
+/// Events of one flow in one window of 100 ms and on one CPU; what exceeds it is only counted, and
+/// said in one line a second. So a flow of under 40 packets a second shows each one.
+pub const EVENTS_PER_FLOW: u32 = 4;
 
 /// The same for DNS queries, because each asks for a name of its own.
-pub const EVENTS_PER_DNS_FLOW: u64 = 64;
+pub const EVENTS_PER_DNS_FLOW: u32 = 64;
 
 /// Drop reasons of the kernel's own subsystem that have a number below this have a class and a
 /// counter. Linux 7.2 has about 130.
@@ -51,10 +50,10 @@ pub const FLAG_FRAGMENT: u8 = 4;
 
 /// The sender was not told before the drop.
 pub const UNTOLD: u8 = 0;
-/// An ICMP error named the packet.
-pub const TOLD_NAMED: u8 = 1;
-/// A RST or ICMPv6 error was seen leaving.
-pub const TOLD_SEEN: u8 = 2;
+/// An answer was seen leaving before the drop.
+pub const TOLD: u8 = 1;
+/// The same, and the answer is counted under [`KIND_ANSWER`].
+pub const TOLD_COUNTED: u8 = 2;
 
 /// What packets are counted by: a flow without its source port, and how it was dropped.
 #[repr(C)]
@@ -66,8 +65,10 @@ pub struct FlowKey {
     pub destination: [u8; 16],
     /// Before DNAT, from the packet's conntrack entry; zero if there was none.
     pub original_destination: [u8; 16],
-    /// The address that `kfree_skb` was called from.
-    pub location: u64,
+    /// The low half of the address that `kfree_skb` was called from: kernel and modules lie within
+    /// 2 GiB of one another. With 72 bytes a key and what the kernel keeps beside it are two cache
+    /// lines.
+    pub location: u32,
     /// `enum skb_drop_reason` as this kernel numbers it; 0 before 5.17.
     pub reason: u32,
     /// The device's index in its namespace; 0 if there is none.
@@ -94,12 +95,15 @@ pub struct FlowKey {
 pub struct FlowCount {
     /// Packets.
     pub packets: u64,
-    /// Those of them that an ICMP error named before the drop (`icmp_send`). 32 bits, because a
-    /// generation lasts 100 ms.
-    pub told_named: u32,
-    /// Those of them whose answer was seen leaving before the drop (`net_dev_queue`); under
-    /// [`KIND_ANSWER`] the answers themselves.
-    pub told_seen: u32,
+    /// Those of them whose sender was told before the drop. 32 bits, because a generation lasts a
+    /// second.
+    pub told: u32,
+    /// Those of `told` whose answer is counted as well; under [`KIND_ANSWER`] the answers.
+    pub answers: u32,
+    /// The window that `events` belongs to.
+    pub window: u32,
+    /// Events sent in that window.
+    pub events: u32,
 }
 
 /// Where packets are counted when the flow map is full.
@@ -107,10 +111,11 @@ pub struct FlowCount {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct OverflowKey {
     /// As in [`FlowKey`].
-    pub location: u64,
+    pub location: u32,
     /// As in [`FlowKey`].
     pub reason: u32,
-    /// As in [`FlowKey`].
+    /// As in [`FlowKey`]; 0 for those that no classification asks for, so that nobody on the network
+    /// can fill the map.
     pub protocol: u8,
     /// As in [`FlowKey`].
     pub kind: u8,
@@ -124,9 +129,10 @@ pub struct OverflowKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OverflowCount {
-    /// Packets.
-    pub packets: u64,
-    /// Those of them whose sender was told before the drop.
+    /// Packets whose sender was not told before the drop. Apart from `told`, because the agent reads
+    /// both while they are written, and neither may be subtracted from the other.
+    pub untold: u64,
+    /// Packets whose sender was told before the drop.
     pub told: u64,
 }
 
@@ -144,7 +150,7 @@ pub struct DropEvent {
     pub source_port: u16,
     /// As in the TCP header's 14th byte; 0 for other protocols.
     pub tcp_flags: u8,
-    /// Whether the sender was told: [`UNTOLD`], [`TOLD_NAMED`] or [`TOLD_SEEN`].
+    /// Whether the sender was told: [`UNTOLD`], [`TOLD`] or [`TOLD_COUNTED`].
     pub told: u8,
     /// How many bytes of `snap` are the packet's.
     pub snap_len: u16,
@@ -162,17 +168,20 @@ pub struct DropEvent {
 pub struct Control {
     /// Counts up at each flip; its lowest bit says which flow map is written.
     pub generation: u64,
-    /// Events that one CPU may send in one generation.
-    pub events_per_cpu: u64,
+    /// Counts up every 100 ms while something is dropped: the limits on events begin anew.
+    pub window: u32,
+    /// Events that one CPU may send in one window.
+    pub events_per_cpu: u32,
 }
 
 /// An answer that waits for the drop of the packet it answers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Answer {
-    /// `CLOCK_MONOTONIC` in nanoseconds; 0: the slot is empty.
+    /// `CLOCK_MONOTONIC` in nanoseconds.
     pub mono_ns: u64,
-    /// Address of the `sk_buff` that is answered (`icmp_send` names it), else 0.
+    /// Address of the answer's own `sk_buff`: it passes `net_dev_queue` again on a bridge, a VLAN or
+    /// a bond.
     pub skb: u64,
     /// Address of the connection's `nf_conn`, else 0.
     pub nfct: u64,
@@ -180,6 +189,8 @@ pub struct Answer {
     pub source: [u8; 16],
     /// As `source`.
     pub destination: [u8; 16],
+    /// 1 if it is counted under [`KIND_ANSWER`].
+    pub counted: u64,
 }
 
 /// Enough for IPv6 (40) with TCP's flags (14), or IPv4 with 20 bytes of DNS over UDP.
@@ -200,6 +211,8 @@ pub struct Work {
     pub buffer: Buffer,
     /// The header at hand.
     pub header: Header,
+    /// A pointer on its way to being a number.
+    pub pointer: u64,
     /// An offset on its way to being forgotten by the verifier.
     pub offset: u32,
     /// The program runs on this CPU. From 6.1 on the kernel itself keeps a program from
@@ -223,8 +236,10 @@ pub struct Packet {
     pub tcp_flags: u8,
     /// 1 for a RST or an ICMP error: nobody is told of its loss.
     pub is_answer: u8,
+    /// 1 if the UDP payload can begin with the header of a DNS query.
+    pub is_query: u8,
     /// Zero.
-    pub pad: [u8; 6],
+    pub pad: [u8; 5],
 }
 
 /// Where an `sk_buff` keeps its linear bytes; offsets count from `head`.
@@ -247,15 +262,15 @@ pub struct Buffer {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cpu {
-    /// Runs of the kfree_skb program.
-    pub drops: u64,
-    /// Those that were counted by flow or as overflow (the others were benign by their reason).
+    /// Drops that were counted by flow or as overflow (the others were benign by their reason).
     pub counted: u64,
+    /// Flows that were new in their generation: how full the map is.
+    pub inserted: u64,
     /// Packets of flows that found no room in the flow map.
     pub overflow: u64,
-    /// Packets that found no room in the overflow map either.
+    /// Packets that found no room in the overflow map either, and whose sender was not told.
     pub unplaced: u64,
-    /// Those of `unplaced` whose sender was told.
+    /// The same, and the sender was told.
     pub unplaced_told: u64,
     /// Events that the ring buffer had no room for.
     pub ring_full: u64,
@@ -265,18 +280,16 @@ pub struct Cpu {
     pub limited_cpu: u64,
     /// Packets that had to wait for a neighbour's address: an answer may leave late.
     pub neighbour_waits: u64,
-    /// Answers seen leaving.
-    pub answers_seen: u64,
+    /// Answers counted.
+    pub answers_counted: u64,
     /// Answers that found no room in the flow map, so that a late one is not recognised.
     pub answers_lost: u64,
-    /// The generation that `events` belongs to.
-    pub events_generation: u64,
-    /// Events sent in that generation.
-    pub events: u64,
+    /// The window that `events` belongs to.
+    pub window: u32,
+    /// Events sent in that window.
+    pub events: u32,
     /// Runs that found the program already running on this CPU (before 6.1).
     pub missed: u64,
-    /// A pointer on its way to being a number.
-    pub scratch: u64,
     /// One bit for each of `answers` that is set.
     pub answers_waiting: u64,
     /// Answers that wait for their drop.
@@ -341,8 +354,6 @@ pub struct Offsets {
     /// 1 if the tracepoint has the drop reason (its typedef in BTF says so; distributions
     /// backport it).
     pub has_reason: u32,
-    /// 1 if `icmp_send` is traced, so that ICMP errors need not be sought at `net_dev_queue`.
-    pub has_icmp_send: u32,
 }
 
 impl Offsets {
@@ -367,7 +378,6 @@ impl Offsets {
         ct_status: MISSING,
         ct_tuplehash: MISSING,
         has_reason: 0,
-        has_icmp_send: 0,
     };
 }
 
@@ -397,14 +407,14 @@ pub struct TupleHash {
     pub destination: TupleEnd,
 }
 
-const _: () = assert!(size_of::<FlowKey>() == 80 && align_of::<FlowKey>() == 8);
-const _: () = assert!(size_of::<FlowCount>() == 16);
-const _: () = assert!(size_of::<OverflowKey>() == 16);
+const _: () = assert!(size_of::<FlowKey>() == 72);
+const _: () = assert!(size_of::<FlowCount>() == 24);
+const _: () = assert!(size_of::<OverflowKey>() == 12);
 const _: () = assert!(size_of::<OverflowCount>() == 16);
-const _: () = assert!(size_of::<DropEvent>() == 80 + 8 + 8 + 8 + 16 + SNAP_LEN);
+const _: () = assert!(size_of::<DropEvent>() == 72 + 8 + 8 + 8 + 16 + SNAP_LEN);
 const _: () = assert!(size_of::<Control>() == 16);
-const _: () = assert!(size_of::<Answer>() == 56);
-const _: () = assert!(size_of::<Work>() == 80 + 24 + 24 + 64 + 8);
-const _: () = assert!(size_of::<Cpu>() == 16 * 8 + ANSWER_SLOTS * 56);
+const _: () = assert!(size_of::<Answer>() == 64);
+const _: () = assert!(size_of::<Cpu>() == 14 * 8 + ANSWER_SLOTS * 64);
+const _: () = assert!(size_of::<Work>() == 72 + 24 + 24 + 64 + 16);
 const _: () = assert!(size_of::<PerCpu>() == size_of::<Cpu>() + 2 * 200);
 const _: () = assert!(size_of::<TupleHash>() == 56);

@@ -25,7 +25,13 @@ macro_rules! offset {
 }
 pub(crate) use offset;
 
-/// One element: the switch between the two flow maps, and the event budget.
+/// One element: when a packet of this node last waited for its neighbour's address
+/// (`CLOCK_MONOTONIC` in nanoseconds). Only for some seconds after it can an answer leave after its
+/// drop.
+#[map]
+pub static NEIGHBOUR_WAIT: Array<u64> = Array::with_max_entries(1, 0);
+
+/// One element: the switch between the two flow maps, and the limits on events.
 #[map]
 pub static CONTROL: Array<Control> = Array::with_max_entries(1, 0);
 

@@ -4,7 +4,8 @@
 //! tunnel) costs one read of 64 bytes. Everything else is in functions of its own.
 
 use whydrop_ebpf::{
-    Buffer, FLAG_ENCAPSULATED, FLAG_FRAGMENT, FlowKey, Header, KIND_DNS, KIND_PACKET, KIND_SYN, Packet, Work,
+    Buffer, FLAG_ENCAPSULATED, FLAG_FRAGMENT, FlowKey, Header, KIND_DNS, KIND_PACKET, KIND_SYN,
+    Packet, Work,
 };
 
 use crate::access::{copy, field};
@@ -17,14 +18,17 @@ const ETH_P_8021AD: u16 = 0x88a8;
 /// Ethernet inside GRE or Geneve.
 const ETH_P_TEB: u16 = 0x6558;
 
-const ICMP: u8 = 1;
+/// `skb->mac_header` of a packet that has none yet (skb_mac_header_was_set, include/linux/skbuff.h).
+pub const MAC_HEADER_UNSET: u32 = 0xffff;
+
+pub const ICMP: u8 = 1;
 const IPIP: u8 = 4;
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 const IPV6: u8 = 41;
 const GRE: u8 = 47;
-const ICMPV6: u8 = 58;
-const SCTP: u8 = 132;
+pub const ICMPV6: u8 = 58;
+pub const SCTP: u8 = 132;
 const UDPLITE: u8 = 136;
 
 const TCP_SYN: u8 = 0x02;
@@ -69,6 +73,13 @@ pub unsafe fn read<const TYPED: bool>(skb: *const u8, work: &mut Work) {
             let data = field::<u64, TYPED>(skb, offset!(skb_data));
             work.buffer.data = data.wrapping_sub(work.buffer.head) as u32;
             work.buffer.mac = u32::from(field::<u16, TYPED>(skb, offset!(skb_mac_header)));
+            // What has never had a device is no packet of the network: a Unix socket's data must
+            // not be taken for a frame.
+            if work.buffer.mac == MAC_HEADER_UNSET
+                && field::<*const u8, TYPED>(skb, offset!(skb_dev)).is_null()
+            {
+                return;
+            }
         }
         at = search(work, at);
         at = forget(work, at);
@@ -78,7 +89,7 @@ pub unsafe fn read<const TYPED: bool>(skb: *const u8, work: &mut Work) {
     }
     work.packet.address = work.buffer.head + u64::from(at);
     work.packet.len = work.buffer.tail.saturating_sub(at);
-    let transport = ip(work, at);
+    let transport = ip::<false>(work, at);
     if transport == 0 || !is_tunnel(&work.key) {
         return;
     }
@@ -124,8 +135,7 @@ fn version_of(ethertype: u16) -> u8 {
 #[inline(never)]
 fn search(work: &Work, network: u32) -> u32 {
     let buffer = &work.buffer;
-    // 0xffff: the MAC header is not set (include/linux/skbuff.h, skb_mac_header_was_set).
-    if buffer.mac != 0xffff {
+    if buffer.mac != MAC_HEADER_UNSET {
         let at = ethernet(work, buffer.mac);
         if at != 0 {
             return at;
@@ -189,7 +199,7 @@ fn is_ip(work: &Work, at: u32, version: u8) -> bool {
 /// Reads the IP header in `work.header`, which begins at offset `at`, and the transport header
 /// behind it. Returns the transport header's offset; 0 where there is none to read.
 #[inline(always)]
-fn ip(work: &mut Work, at: u32) -> u32 {
+fn ip<const INNER: bool>(work: &mut Work, at: u32) -> u32 {
     let len = work.buffer.tail.saturating_sub(at);
     let Work {
         key,
@@ -201,6 +211,9 @@ fn ip(work: &mut Work, at: u32) -> u32 {
         let words = header[0] & 0xf;
         if words < 5 {
             return 0;
+        }
+        if INNER {
+            forget_outer(key, packet);
         }
         key.ip_version = 4;
         key.protocol = header[9];
@@ -219,6 +232,9 @@ fn ip(work: &mut Work, at: u32) -> u32 {
     } else {
         if len < 40 {
             return 0;
+        }
+        if INNER {
+            forget_outer(key, packet);
         }
         key.ip_version = 6;
         key.protocol = header[6];
@@ -239,6 +255,18 @@ fn ip(work: &mut Work, at: u32) -> u32 {
         }
         far_transport(work, (end >> 16) as u32)
     }
+}
+
+/// Clears what the packet around this one left and this one may not have.
+#[inline(always)]
+fn forget_outer(key: &mut FlowKey, packet: &mut Packet) {
+    key.flags = FLAG_ENCAPSULATED;
+    key.destination_port = 0;
+    key.kind = KIND_PACKET;
+    packet.source_port = 0;
+    packet.tcp_flags = 0;
+    packet.is_answer = 0;
+    packet.is_query = 0;
 }
 
 /// Reads a transport header that is not at one of the two usual places.
@@ -320,7 +348,8 @@ fn transport<const BASE: usize>(header: &Header, len: u32, key: &mut FlowKey, pa
         UDP => {
             packet.source_port = be16(header, BASE);
             key.destination_port = be16(header, BASE + 2);
-            if key.destination_port == PORT_DNS && is_query::<BASE>(header, len) {
+            packet.is_query = u8::from(is_query::<BASE>(header, len));
+            if key.destination_port == PORT_DNS && packet.is_query != 0 {
                 key.kind = KIND_DNS;
             }
         }
@@ -371,13 +400,7 @@ fn inside(work: &mut Work, at: u32) -> u32 {
     if !load(work, at) {
         return 0;
     }
-    work.key.flags = FLAG_ENCAPSULATED;
-    work.key.destination_port = 0;
-    work.key.kind = KIND_PACKET;
-    work.packet.source_port = 0;
-    work.packet.tcp_flags = 0;
-    work.packet.is_answer = 0;
-    let transport = ip(work, at);
+    let transport = ip::<true>(work, at);
     if transport == 0 || !is_tunnel(&work.key) {
         return 0;
     }
@@ -448,6 +471,18 @@ fn v6(header: &Header, at: usize) -> [u8; 16] {
     let mut address = [0; 16];
     address.copy_from_slice(&header[at..at + 16]);
     address
+}
+
+/// Whether an ICMP message tells its receiver that a packet was lost: unreachable, time exceeded,
+/// parameter problem (RFC 792), and ICMPv6's errors (RFC 4443, section 3). A redirect does not.
+#[inline(always)]
+pub fn tells_of_loss(key: &FlowKey) -> bool {
+    let icmp_type = key.destination_port >> 8;
+    match key.protocol {
+        ICMP => matches!(icmp_type, 3 | 11 | 12),
+        ICMPV6 => matches!(icmp_type, 1..=4),
+        _ => false,
+    }
 }
 
 /// Puts the flow of the packet that an ICMP error quotes in the place of the error's own; false if

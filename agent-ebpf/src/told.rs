@@ -1,13 +1,13 @@
 //! Was the sender told? An answer leaves just before the drop, on the same CPU.
 //!
-//! | answer | seen at | names the dropped packet by |
-//! |---|---|---|
-//! | ICMP error | `icmp_send` (5.13 on), after the kernel's rate limits | its `sk_buff` |
-//! | ICMP error before 5.13, ICMPv6 error | `net_dev_queue` | conntrack entry, else the packet quoted in it |
-//! | RST of a REJECT | `net_dev_queue` | conntrack entry, else its own addresses reversed |
+//! RSTs of a REJECT and the kernel's ICMP and ICMPv6 errors are seen at `net_dev_queue`, so after the
+//! kernel's rate limits, its routing and its own firewall rules: what does not leave tells nobody. An
+//! answer meets the packet that it answers by conntrack entry; where there is none, by the addresses
+//! of the packet that it quotes, or its own reversed.
 //!
-//! An answer seen at `net_dev_queue` is also counted by flow: where a neighbour must be resolved it
-//! leaves after its drop, and the agent finds the drop again by that count.
+//! Where a neighbour must be resolved first, the answer leaves after its drop. Therefore, while some
+//! packet of this node waits for a neighbour, answers are also counted by flow, and the agent finds
+//! their drops again by that count.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
@@ -15,32 +15,22 @@ use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::maps::PerCpuHashMap;
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use whydrop_ebpf::{
-    ANSWER_SLOTS, Cpu, FLAG_ENCAPSULATED, FlowCount, FlowKey, KIND_ANSWER, PerCpu, TOLD_NAMED,
-    TOLD_SEEN, UNTOLD,
+    ANSWER_SLOTS, Control, Cpu, FLAG_ENCAPSULATED, FlowCount, FlowKey, KIND_ANSWER, PerCpu, TOLD,
+    TOLD_COUNTED, UNTOLD, Work,
 };
 
 use crate::access::field;
 use crate::conntrack;
-use crate::maps::{CONTROL, CPU, FLOWS_0, FLOWS_1, offset};
-use crate::packet;
+use crate::maps::{CONTROL, CPU, FLOWS_0, FLOWS_1, NEIGHBOUR_WAIT, offset};
+use crate::packet::{self, ICMP, ICMPV6, TCP};
 
 /// An answer is older than its drop by microseconds, more only if the sender's task was preempted
 /// between the two. What is older belongs to a packet that was not dropped.
-const ANSWER_MAX_AGE_NS: u64 = 20_000_000;
+const ANSWER_MAX_AGE_NS: u64 = 5_000_000;
 
-/// `icmp_send(skb, type, code)`, called after both rate limits.
-#[btf_tracepoint(function = "icmp_send")]
-pub fn icmp_send(ctx: BtfTracePointContext) -> i32 {
-    named(ctx.arg(0), ctx.arg(1));
-    0
-}
-
-/// The same where the kernel refuses `tp_btf`.
-#[raw_tracepoint(tracepoint = "icmp_send")]
-pub fn icmp_send_raw(ctx: RawTracePointContext) -> i32 {
-    named(ctx.arg(0), ctx.arg(1));
-    0
-}
+/// How long after a packet began to wait for its neighbour an answer can leave late: a neighbour is
+/// asked three times, one second apart, and packets that wait are sent at once when it answers.
+const LATE_NS: u64 = 4_000_000_000;
 
 /// `net_dev_queue(skb)`: every packet that is sent, so two loads turn the others away.
 #[btf_tracepoint(function = "net_dev_queue")]
@@ -56,41 +46,29 @@ pub fn net_dev_queue_raw(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// `neigh_event_send_done(neigh, rc)`: a packet waits for its neighbour's address.
+/// `neigh_event_send_done(neigh, rc)`: `rc` is 1 where a packet waits for its neighbour's address.
 #[btf_tracepoint(function = "neigh_event_send_done")]
-pub fn neigh_wait(_ctx: BtfTracePointContext) -> i32 {
-    neighbour_waits()
+pub fn neigh_wait(ctx: BtfTracePointContext) -> i32 {
+    waits(ctx.arg(1))
 }
 
 /// The same where the kernel refuses `tp_btf`.
 #[raw_tracepoint(tracepoint = "neigh_event_send_done")]
-pub fn neigh_wait_raw(_ctx: RawTracePointContext) -> i32 {
-    neighbour_waits()
+pub fn neigh_wait_raw(ctx: RawTracePointContext) -> i32 {
+    waits(ctx.arg(1))
 }
 
 #[inline(always)]
-fn neighbour_waits() -> i32 {
-    if let Some(own) = CPU.get_ptr_mut(0) {
-        unsafe { (*own).cpu.neighbour_waits += 1 };
+fn waits(rc: i32) -> i32 {
+    if rc != 0
+        && let (Some(own), Some(last)) = (CPU.get_ptr_mut(0), NEIGHBOUR_WAIT.get_ptr_mut(0))
+    {
+        unsafe {
+            (*own).cpu.neighbour_waits += 1;
+            *last = bpf_ktime_get_ns();
+        }
     }
     0
-}
-
-/// Notes that the packet in `skb` is answered. Redirects and echo replies tell of no loss.
-#[inline(always)]
-fn named(skb: *const u8, icmp_type: i32) {
-    if matches!(icmp_type, 3 | 11 | 12)
-        && let Some(own) = CPU.get_ptr_mut(0)
-    {
-        let cpu = unsafe { &mut (*own).cpu };
-        let skb = address(cpu, skb);
-        let slot = slot_of(skb);
-        cpu.answers_waiting |= 1 << slot;
-        let slot = &mut cpu.answers[slot];
-        slot.skb = skb;
-        slot.nfct = 0;
-        slot.mono_ns = unsafe { bpf_ktime_get_ns() };
-    }
 }
 
 #[inline(always)]
@@ -102,12 +80,11 @@ unsafe fn sent<const TYPED: bool>(skb: *const u8) {
             return;
         }
     } else {
-        // Not a full socket for a SYN-ACK: then this is some other byte of a slab, and the
-        // packet's own header decides.
-        match unsafe { field::<u16, TYPED>(sk, offset!(sock_protocol)) } {
-            58 => {}
-            1 if offset!(has_icmp_send) == 0 => {}
-            _ => return,
+        // The kernel's ICMP sockets. Not a full socket for a SYN-ACK: then this is some other byte
+        // of a slab, and the packet's own header decides.
+        let protocol = unsafe { field::<u16, TYPED>(sk, offset!(sock_protocol)) };
+        if protocol != ICMP.into() && protocol != ICMPV6.into() {
+            return;
         }
     }
     unsafe { answer::<TYPED>(skb) };
@@ -119,37 +96,72 @@ unsafe fn answer<const TYPED: bool>(skb: *const u8) {
     let (Some(own), Some(control)) = (CPU.get_ptr_mut(0), CONTROL.get_ptr(0)) else {
         return; // These elements always exist.
     };
-    let (PerCpu { cpu, sent: work, .. }, control) = unsafe { (&mut *own, &*control) };
+    let (
+        PerCpu {
+            cpu, sent: work, ..
+        },
+        control,
+    ) = unsafe { (&mut *own, &*control) };
     work.key = FlowKey::default();
     unsafe { packet::read::<TYPED>(skb, work) };
     if work.packet.is_answer == 0 || work.key.flags & FLAG_ENCAPSULATED != 0 {
         return;
     }
-    if work.key.protocol == packet::TCP {
+    if work.key.protocol == TCP {
         // The packet that it answers went the other way.
         (work.key.source, work.key.destination) = (work.key.destination, work.key.source);
         work.key.destination_port = work.packet.source_port;
-    } else if !packet::quoted(work) {
+    } else if !packet::tells_of_loss(&work.key) || !packet::quoted(work) {
         return;
     }
+    let nfct = unsafe { conntrack::nfct::<TYPED>(skb) };
+    let entry = conntrack::entry(nfct);
+    let identity = address(work, skb);
+    let slot = slot_of(entry, &work.key);
+    let waiting = cpu.answers_waiting & (1 << slot) != 0;
+    if waiting && cpu.answers[slot].skb == identity && cpu.answers[slot].nfct == entry {
+        return; // The same answer on the next device of a stack.
+    }
+    let now = unsafe { bpf_ktime_get_ns() };
+    cpu.answers_waiting |= 1 << slot;
+    let answer = &mut cpu.answers[slot];
+    answer.skb = identity;
+    answer.nfct = entry;
+    answer.source = work.key.source;
+    answer.destination = work.key.destination;
+    answer.mono_ns = now;
+    answer.counted = 0;
+    let waited = NEIGHBOUR_WAIT.get(0).copied().unwrap_or(0);
+    if waited != 0 && now.wrapping_sub(waited) < LATE_NS {
+        answer.counted = 1;
+        unsafe { count_answer::<TYPED>(skb, nfct, cpu, control, work) };
+    }
+}
+
+/// Counts an answer by the flow of the packet that it answers.
+#[inline(always)]
+unsafe fn count_answer<const TYPED: bool>(
+    skb: *const u8,
+    nfct: u64,
+    cpu: &mut Cpu,
+    control: &Control,
+    work: &mut Work,
+) {
     let key = &mut work.key;
     key.kind = KIND_ANSWER;
     key.flags = 0;
-    let nfct = conntrack::entry(unsafe { conntrack::nfct::<TYPED>(skb) });
-    let slot = slot_of(if nfct != 0 { nfct } else { fold(key) });
-    cpu.answers_waiting |= 1 << slot;
-    let slot = &mut cpu.answers[slot];
-    slot.skb = 0;
-    slot.nfct = nfct;
-    slot.source = key.source;
-    slot.destination = key.destination;
-    slot.mono_ns = unsafe { bpf_ktime_get_ns() };
-
-    cpu.answers_seen += 1;
     // After NAT the answer's own addresses are not those of the packet where it was dropped.
-    if nfct != 0 {
-        conntrack::filtered_flow(nfct, key);
+    if conntrack::entry(nfct) != 0 {
+        conntrack::answered_flow(nfct, key);
     }
+    unsafe {
+        let dev = field::<*const u8, TYPED>(skb, offset!(skb_dev));
+        if !dev.is_null() {
+            let net = field::<*const u8, TYPED>(dev, offset!(dev_net));
+            key.netns = field::<u32, TYPED>(net, offset!(net_inum));
+        }
+    }
+    cpu.answers_counted += 1;
     let counted = if control.generation & 1 == 0 {
         add(&FLOWS_0, key)
     } else {
@@ -162,82 +174,69 @@ unsafe fn answer<const TYPED: bool>(skb: *const u8) {
 
 #[inline(always)]
 fn add(flows: &PerCpuHashMap<FlowKey, FlowCount>, key: &FlowKey) -> bool {
-    if let Some(count) = flows.get_ptr_mut(key) {
-        unsafe { (*count).told_seen += 1 };
-        return true;
-    }
-    if flows
-        .insert(
-            key,
-            FlowCount {
-                told_seen: 1,
-                ..FlowCount::default()
-            },
-            BPF_NOEXIST.into(),
-        )
-        .is_ok()
-    {
-        return true;
-    }
-    // Another CPU was first, or the map is full.
-    match flows.get_ptr_mut(key) {
-        Some(count) => {
-            unsafe { (*count).told_seen += 1 };
-            true
+    let mut found = flows.get_ptr_mut(key);
+    if found.is_none() {
+        let one = FlowCount {
+            answers: 1,
+            ..FlowCount::default()
+        };
+        if flows.insert(key, one, BPF_NOEXIST.into()).is_ok() {
+            return true;
         }
-        None => false,
+        // Another CPU was first, or the map is full.
+        found = flows.get_ptr_mut(key);
     }
+    let Some(count) = found else { return false };
+    unsafe { (*count).answers += 1 };
+    true
 }
 
 /// Whether the packet that is freed now was answered on this CPU just before.
 #[inline(always)]
-pub fn was_told(cpu: &mut Cpu, skb: *const u8, nfct: u64, key: &FlowKey) -> u8 {
+pub fn was_told(cpu: &mut Cpu, nfct: u64, key: &FlowKey) -> u8 {
     // Nearly always: nothing on this node is refused at this moment.
     if cpu.answers_waiting == 0 {
         return UNTOLD;
     }
-    let skb = address(cpu, skb);
-    let slot = slot_of(skb);
-    if cpu.answers_waiting & (1 << slot) != 0 && cpu.answers[slot].skb == skb {
-        return if take(cpu, slot) { TOLD_NAMED } else { UNTOLD };
-    }
-    let slot = slot_of(if nfct != 0 { nfct } else { fold(key) });
+    let slot = slot_of(nfct, key);
     let answer = &cpu.answers[slot];
-    if cpu.answers_waiting & (1 << slot) == 0 || answer.skb != 0 || answer.nfct != nfct {
+    if cpu.answers_waiting & (1 << slot) == 0 || answer.nfct != nfct {
         return UNTOLD;
     }
     if nfct == 0 && (answer.source != key.source || answer.destination != key.destination) {
         return UNTOLD;
     }
-    if take(cpu, slot) { TOLD_SEEN } else { UNTOLD }
-}
-
-/// Empties a slot; whether its answer was young enough.
-#[inline(always)]
-fn take(cpu: &mut Cpu, slot: usize) -> bool {
+    let age_ns = unsafe { bpf_ktime_get_ns() } - answer.mono_ns;
+    let told = if answer.counted != 0 {
+        TOLD_COUNTED
+    } else {
+        TOLD
+    };
     cpu.answers_waiting &= !(1 << slot);
-    let age_ns = unsafe { bpf_ktime_get_ns() } - cpu.answers[slot].mono_ns;
-    age_ns < ANSWER_MAX_AGE_NS
+    if age_ns < ANSWER_MAX_AGE_NS {
+        told
+    } else {
+        UNTOLD
+    }
 }
 
 /// A kernel pointer as a number: the verifier lets no one calculate with a typed pointer, and forgets
 /// the type of what has been in a map.
 #[inline(always)]
-fn address(cpu: &mut Cpu, pointer: *const u8) -> u64 {
+fn address(work: &mut Work, pointer: *const u8) -> u64 {
     unsafe {
-        (&raw mut cpu.scratch).write_volatile(pointer as u64);
-        (&raw const cpu.scratch).read_volatile()
+        (&raw mut work.pointer).write_volatile(pointer as u64);
+        (&raw const work.pointer).read_volatile()
     }
 }
 
-/// A slot for an address of a kernel object, which are at least 128 bytes apart, or for a fold.
+/// A slot by conntrack entry (they are 256 bytes apart or more), else by addresses.
 #[inline(always)]
-fn slot_of(identity: u64) -> usize {
-    (identity >> 8) as usize & (ANSWER_SLOTS - 1)
-}
-
-/// A number for a flow without conntrack entry.
-#[inline(always)]
-fn fold(key: &FlowKey) -> u64 {
-    u64::from(key.source[3] ^ key.source[15] ^ key.destination[3] ^ key.destination[15]) << 8
+fn slot_of(nfct: u64, key: &FlowKey) -> usize {
+    let fold = if nfct != 0 {
+        (nfct >> 8) as u8
+    } else {
+        key.source[3] ^ key.source[15] ^ key.destination[3] ^ key.destination[15]
+    };
+    fold as usize & (ANSWER_SLOTS - 1)
 }

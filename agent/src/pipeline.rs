@@ -5,7 +5,7 @@
 //! generation counted beyond its events is said in one line a second for each flow, so that the
 //! packets of the lines add up to the counters.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -44,9 +44,8 @@ pub struct Pipeline {
     state: Arc<State>,
     decoder: Decoder,
     late: Late,
-    /// Packets that had an event of their own, for the generation that is written and the one
-    /// that is drained.
-    said: [HashMap<FlowKey, Fates>; 2],
+    /// Packets that had an event of their own, by the generation that counts them; two or three.
+    said: BTreeMap<u64, HashMap<FlowKey, Fates>>,
     unsaid: HashMap<FlowKey, (Fates, Timestamp)>,
     totals: Totals,
     last_said: Instant,
@@ -60,7 +59,7 @@ impl Pipeline {
             state,
             decoder,
             late: Late::new(knows_neighbours),
-            said: [HashMap::new(), HashMap::new()],
+            said: BTreeMap::new(),
             unsaid: HashMap::new(),
             totals: Totals::default(),
             last_said: Instant::now(),
@@ -73,9 +72,8 @@ impl Pipeline {
         let Some(drop) = self.decoder.event(event, wall) else {
             return;
         };
-        let said = self.said[(event.generation & 1) as usize]
-            .entry(event.key)
-            .or_default();
+        let said = self.said.entry(event.generation).or_default();
+        let said = said.entry(event.key).or_default();
         match drop.outcome {
             Outcome::Rejected => said.rejected += 1,
             Outcome::Dropped | Outcome::Unanswered => said.dropped += 1,
@@ -118,6 +116,7 @@ impl Pipeline {
         }
         if now.duration_since(self.last_expired) >= EXPIRE_EVERY {
             self.last_expired = now;
+            self.decoder.forget_locations();
             let purged_at = Timestamp::now();
             {
                 let mut index = self
@@ -130,6 +129,11 @@ impl Pipeline {
             let index = self.state.index();
             lock(&self.state.record).expire(now, |namespace, pod| index.pod_exists(namespace, pod));
         }
+    }
+
+    /// Answers that could not be kept until their drops are published.
+    pub fn answers_ignored(&self) -> u64 {
+        self.late.ignored()
     }
 
     /// The end: everything that waits is recorded and said.
@@ -195,27 +199,32 @@ impl Pipeline {
                 .find(|(k, _)| k == key)
                 .map(|(_, c)| *c);
             let old = old.unwrap_or_default();
-            self.record_overflow(key, count.packets - old.packets, count.told - old.told, now);
+            let untold = count.untold.saturating_sub(old.untold);
+            let told = count.told.saturating_sub(old.told);
+            self.record_overflow(key, untold, told, now);
         }
-        let unplaced = totals.cpu.unplaced - before.cpu.unplaced;
-        let unplaced_told = totals.cpu.unplaced_told - before.cpu.unplaced_told;
-        let missed = missed_drops(totals) - missed_drops(&before);
+        let missed = missed_drops(totals).saturating_sub(missed_drops(&before));
+        let untold = totals.cpu.unplaced.saturating_sub(before.cpu.unplaced);
+        let told = totals
+            .cpu
+            .unplaced_told
+            .saturating_sub(before.cpu.unplaced_told);
         let mut record = lock(&self.state.record);
         for (outcome, packets) in [
-            (Outcome::Dropped, unplaced - unplaced_told + missed),
-            (Outcome::Rejected, unplaced_told),
+            (Outcome::Dropped, untold + missed),
+            (Outcome::Rejected, told),
         ] {
             if packets > 0 {
                 record.add_other(outcome, Kind::Packet, Arc::from(MISSED), packets, now);
             }
         }
         drop(record);
-        let lost = totals.cpu.overflow - before.cpu.overflow + missed;
+        let lost = totals.cpu.overflow.saturating_sub(before.cpu.overflow) + missed;
         self.say_lost(lost, LostStage::Ring);
     }
 
-    fn record_overflow(&mut self, key: &OverflowKey, packets: u64, told: u64, now: Instant) {
-        if packets == 0 {
+    fn record_overflow(&mut self, key: &OverflowKey, untold: u64, told: u64, now: Instant) {
+        if untold + told == 0 {
             return;
         }
         // Enough of a flow to classify it.
@@ -232,9 +241,9 @@ impl Pipeline {
         let class = self.decoder.class(&like);
         let mut record = lock(&self.state.record);
         let (dropped, rejected) = match class {
-            Class::Benign => return record.add_benign(reason, packets),
-            Class::Rejected => (0, packets),
-            Class::Silent => (packets - told, told),
+            Class::Benign => return record.add_benign(reason, untold + told),
+            Class::Rejected => (0, untold + told),
+            Class::Silent => (untold, told),
         };
         for (outcome, packets) in [(Outcome::Dropped, dropped), (Outcome::Rejected, rejected)] {
             if packets > 0 {
@@ -250,7 +259,7 @@ impl Pipeline {
     }
 
     /// The label `reason`: the kernel's name, before 5.17 the function in its place.
-    fn label(&mut self, reason: u32, location: u64) -> Arc<str> {
+    fn label(&mut self, reason: u32, location: u32) -> Arc<str> {
         self.decoder
             .reason(reason)
             .or_else(|| self.decoder.location(location))
@@ -259,7 +268,7 @@ impl Pipeline {
 
     /// Lays a generation's counts beside its events, and keeps what no event told of.
     fn say_rest_of(&mut self, drained: &Drained) {
-        let mut said = std::mem::take(&mut self.said[(drained.generation & 1) as usize]);
+        let mut said = self.said.remove(&drained.generation).unwrap_or_default();
         let mut lost = 0;
         for (key, count) in &drained.flows {
             if key.kind == KIND_ANSWER {
@@ -294,7 +303,7 @@ impl Pipeline {
 
     /// What became of a count; `None` if it was no loss.
     fn fates(&mut self, key: &FlowKey, count: &FlowCount) -> Option<Fates> {
-        let told = (u64::from(count.told_named) + u64::from(count.told_seen)).min(count.packets);
+        let told = u64::from(count.told).min(count.packets);
         match self.decoder.class(key) {
             Class::Benign => None,
             Class::Rejected => Some(Fates {

@@ -236,29 +236,35 @@ impl Record {
         });
     }
 
+    /// A copy of all counters at one moment, so that whoever encodes them need not hold up the
+    /// pipeline.
+    pub fn snapshot(&self) -> Snapshot {
+        let series = self.series.iter();
+        let node_drops = self.node_drops.iter();
+        Snapshot {
+            series: series
+                .map(|(series, value)| (series.clone(), value.packets))
+                .collect(),
+            node_drops: node_drops
+                .map(|((reason, fate), packets)| (reason.clone(), *fate, *packets))
+                .collect(),
+            overflow_packets: self.overflow_packets,
+            expired_packets: self.expired_packets.clone(),
+        }
+    }
+}
+
+/// All counters at one moment.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
     /// Every series with its packets.
-    pub fn series(&self) -> impl Iterator<Item = (&Series, u64)> {
-        self.series
-            .iter()
-            .map(|(series, value)| (series, value.packets))
-    }
-
+    pub series: Vec<(Series, u64)>,
     /// Every packet that the tracepoint reported, by reason and fate.
-    pub fn node_drops(&self) -> impl Iterator<Item = (&str, Fate, u64)> {
-        self.node_drops
-            .iter()
-            .map(|((reason, fate), packets)| (&**reason, *fate, *packets))
-    }
-
+    pub node_drops: Vec<(Arc<str>, Fate, u64)>,
     /// Packets that were counted under `__other__` because there were too many series.
-    pub fn overflow_packets(&self) -> u64 {
-        self.overflow_packets
-    }
-
+    pub overflow_packets: u64,
     /// Packets of series that expired.
-    pub fn expired_packets(&self, outcome: Outcome) -> u64 {
-        self.expired_packets.get(&outcome).copied().unwrap_or(0)
-    }
+    pub expired_packets: BTreeMap<Outcome, u64>,
 }
 
 /// The pair of an event, with external addresses never part of it.
@@ -329,11 +335,21 @@ mod tests {
     }
 
     fn sum(record: &Record) -> u64 {
-        record.series().map(|(_, packets)| packets).sum()
+        record
+            .snapshot()
+            .series
+            .iter()
+            .map(|(_, packets)| packets)
+            .sum()
     }
 
     fn node(record: &Record) -> u64 {
-        record.node_drops().map(|(_, _, packets)| packets).sum()
+        record
+            .snapshot()
+            .node_drops
+            .iter()
+            .map(|(_, _, packets)| packets)
+            .sum()
     }
 
     #[test]
@@ -344,9 +360,9 @@ mod tests {
             record.add(&event(pod, 10), "R".into(), now);
         }
         record.add(&event("a", 1), "R".into(), now);
-        assert_eq!(record.series().count(), 3);
+        assert_eq!(record.series.len(), 3);
         assert_eq!(
-            (sum(&record), node(&record), record.overflow_packets()),
+            (sum(&record), node(&record), record.overflow_packets),
             (41, 41, 20)
         );
         record.add_benign("Q".into(), 5);
@@ -361,22 +377,22 @@ mod tests {
         record.add(&event("a", 3), "R".into(), start);
         record.expire(at(10_000), |_, _| true);
         assert_eq!(
-            record.series().count(),
+            record.series.len(),
             1,
             "a pod that is there keeps its series"
         );
         record.expire(at(10_001), |_, pod| &**pod != "a");
         record.expire(at(10_900), |_, pod| &**pod != "a");
-        assert_eq!(record.series().count(), 1);
+        assert_eq!(record.series.len(), 1);
         record.expire(at(10_902), |_, pod| &**pod != "a");
-        assert_eq!(record.series().count(), 0);
+        assert_eq!(record.series.len(), 0);
         assert_eq!(
-            (record.expired_packets(Outcome::Dropped), node(&record)),
+            (record.expired_packets[&Outcome::Dropped], node(&record)),
             (3, 3)
         );
         // Its place is free again.
         record.add(&event("b", 1), "R".into(), at(10_903));
-        assert_eq!((record.series().count(), record.overflow_packets()), (1, 0));
+        assert_eq!((record.series.len(), record.overflow_packets), (1, 0));
     }
 
     #[test]
@@ -385,11 +401,11 @@ mod tests {
         let start = Instant::now();
         record.add(&event("a", 3), "R".into(), start);
         record.add(&event("b", 4), "R".into(), start);
-        assert_eq!(record.series().count(), 1, "pods are coarsened away");
+        assert_eq!(record.series.len(), 1, "pods are coarsened away");
         record.expire(start + Duration::from_secs(899), |_, _| true);
-        assert_eq!(record.series().count(), 1);
+        assert_eq!(record.series.len(), 1);
         record.expire(start + Duration::from_secs(900), |_, _| true);
-        assert_eq!(record.series().count(), 0);
+        assert_eq!(record.series.len(), 0);
     }
 
     #[test]

@@ -134,8 +134,7 @@ impl State {
     /// The rows of `/v1/pairs`: one for each series, most packets first.
     pub async fn pairs(&self) -> serde_json::Value {
         self.flush().await;
-        let record = lock(&self.record);
-        let mut rows: Vec<_> = record.series().collect();
+        let mut rows = lock(&self.record).snapshot().series;
         rows.sort_by_key(|(_, packets)| std::cmp::Reverse(*packets));
         rows.iter()
             .map(|(series, packets)| {
@@ -179,27 +178,17 @@ impl State {
             .counts()
             .map(|(kind, n)| (kind.to_owned(), n.into()))
             .collect();
-        let (series, node_drops) = {
-            let record = lock(&self.record);
-            let mut drops = serde_json::Map::new();
-            for (_, fate, packets) in record.node_drops() {
-                let sum = drops.entry(fate.as_str()).or_insert(0.into());
-                *sum = (sum.as_u64().unwrap_or(0) + packets).into();
-            }
-            let by_outcome = |outcome| {
-                record
-                    .series()
-                    .filter(|(s, _)| s.outcome == outcome)
-                    .count()
-            };
-            (
-                serde_json::json!({
-                    "silent": by_outcome(Outcome::Dropped),
-                    "rejected": by_outcome(Outcome::Rejected),
-                    "overflow_packets": record.overflow_packets(),
-                }),
-                drops,
-            )
+        let counters = lock(&self.record).snapshot();
+        let mut node_drops = std::collections::BTreeMap::<_, u64>::new();
+        for (_, fate, packets) in &counters.node_drops {
+            *node_drops.entry(fate.as_str()).or_default() += packets;
+        }
+        let series = |outcome| {
+            counters
+                .series
+                .iter()
+                .filter(|(s, _)| s.outcome == outcome)
+                .count()
         };
         let status = lock(&self.status).clone();
         serde_json::json!({
@@ -211,7 +200,11 @@ impl State {
             "maps": status.maps,
             "programs": status.programs,
             "index": index,
-            "series": series,
+            "series": {
+                "silent": series(Outcome::Dropped),
+                "rejected": series(Outcome::Rejected),
+                "overflow_packets": counters.overflow_packets,
+            },
             "node_drops": node_drops,
             "stream": {
                 "readers": self.stream.readers(),

@@ -24,7 +24,7 @@ use crate::output::http;
 use crate::output::socket::LocalSocket;
 use crate::pipeline::{Pipeline, missed_drops};
 use crate::record::{Detail, Record};
-use crate::source::drain::{Drained, Drainer, Totals};
+use crate::source::drain::{Drained, Drainer, Setup, Totals};
 use crate::source::events::{Events, WallClock, pollable};
 use crate::source::load::{self, Loaded};
 use crate::source::symbols::Locator;
@@ -203,8 +203,13 @@ impl Observer {
         };
 
         let (sender, drained) = mpsc::channel(DRAINED_QUEUE);
-        let drainer = Drainer::start(maps, programs, benign, budget.events_per_cpu(), sender)
-            .context("cannot start fetching counts")?;
+        let setup = Setup {
+            maps,
+            programs,
+            benign_reasons: benign,
+            budget,
+        };
+        let drainer = Drainer::start(setup, sender).context("cannot start fetching counts")?;
         // The state is new, so nobody has set it.
         let _ = state.drainer.set(drainer);
         state.observing.store(true, Ordering::Relaxed);
@@ -279,7 +284,7 @@ impl Observer {
         let mut status = lock(&self.state.status);
         status.ring_full = cpu.ring_full;
         status.overflow_packets = cpu.overflow;
-        status.answers_lost = cpu.answers_lost;
+        status.answers_lost = cpu.answers_lost + self.pipeline.answers_ignored();
         status.limited_flow = cpu.limited_flow;
         status.limited_cpu = cpu.limited_cpu;
         status.missed = missed_drops(&drained.totals);

@@ -52,8 +52,7 @@ pub fn run(args: CheckArgs) -> Result<ExitCode> {
 fn meaning(source: &str) -> &'static str {
     match source {
         DROPS => "see every packet that the kernel drops",
-        "told_icmp" => "see which dropped packets were answered by ICMP",
-        "told_reset" => "see which dropped packets were answered by a TCP reset or ICMPv6",
+        "told" => "see which dropped packets were answered by a TCP reset or ICMP",
         "neighbour" => "know at once that an answer will come late",
         load::SERVICES => "name the Service of a packet that DNAT changed",
         load::REASONS_SOURCE => "say the kernel's own reason for a drop",
@@ -126,8 +125,7 @@ mod tests {
         assert!(bad.contains("without it: no drop is observed"));
         for name in [
             DROPS,
-            "told_icmp",
-            "told_reset",
+            "told",
             "neighbour",
             load::SERVICES,
             load::REASONS_SOURCE,

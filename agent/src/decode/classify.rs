@@ -103,7 +103,7 @@ const TABLE: &[Row] = &[
     row("", "tcp_rcv_state_process", TcpNotSyn, Benign, "the ACK that ends a handshake (6.18: NOT_SPECIFIED)"),
     row("", "tcp_v4_rcv", TcpNotSyn, Benign, "a segment that was taken or belongs to a closed connection (6.18: NOT_SPECIFIED; 5.10: no reason)"),
     row("", "tcp_v6_rcv", TcpNotSyn, Benign, "as tcp_v4_rcv"),
-    row("", "tcp_v4_rcv", Syn, Rejected, "no listener, on kernels without reasons (5.10)"),
+    row("", "tcp_v4_rcv", Syn, Rejected, "no listener, on kernels without reasons (5.10); a SYN that fails IPsec or MD5 there looks the same"),
     row("", "tcp_v6_rcv", Syn, Rejected, "as tcp_v4_rcv"),
     row("", "ip6_mc_input", Always, Benign, "multicast that was delivered or that nobody joined (6.18: NOT_SPECIFIED)"),
     row("", "udp_destruct_common", Always, Benign, "what a closed UDP socket had not read (6.18: NOT_SPECIFIED)"),
@@ -128,8 +128,11 @@ pub fn classify(reason: Option<&str>, location: Option<&str>, key: &FlowKey) -> 
         .iter()
         .find(|row| {
             (row.reason.is_empty() || Some(row.reason) == reason)
-                // A row without a reason is about frees that have none of their own.
-                && (!row.reason.is_empty() || matches!(reason, None | Some("NOT_SPECIFIED")))
+                // A row without a reason is about frees that have none of their own. That a place
+                // tells the sender is only known where the kernel has no reasons at all.
+                && (!row.reason.is_empty()
+                    || reason.is_none()
+                    || (reason == Some("NOT_SPECIFIED") && row.class == Benign))
                 && location_fits(row.location, location)
                 && packet_fits(row.when, key)
         })
@@ -175,7 +178,7 @@ fn is_icmp_error(key: &FlowKey) -> bool {
     let icmp_type = key.destination_port >> 8;
     match (key.ip_version, key.protocol) {
         (4, 1) => matches!(icmp_type, 3 | 4 | 5 | 11 | 12),
-        (6, 58) => icmp_type < 128,
+        (6, 58) => (1..128).contains(&icmp_type),
         _ => false,
     }
 }

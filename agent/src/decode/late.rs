@@ -1,6 +1,6 @@
 //! Answers that leave after their drop.
 //!
-//! A RST or ICMPv6 error whose neighbour has to be resolved first is sent after the packet it
+//! A RST or ICMP error whose neighbour has to be resolved first is sent after the packet it
 //! answers was dropped: the programs counted that drop as untold, and the answer by its flow. Here
 //! the two are brought together before a silent count is published, so that nothing has to be taken
 //! back from a counter. Only what was dropped while some packet of this node waited for a neighbour
@@ -21,7 +21,7 @@ pub const HOLD: Duration = Duration::from_millis(3_200);
 const MAX_HELD: usize = 100_000;
 
 /// A flow as an answer names it: without reason, place and device.
-type AnsweredFlow = ([u8; 16], [u8; 16], u8, u16);
+type AnsweredFlow = ([u8; 16], [u8; 16], u8, u16, u32);
 
 fn answered_flow(key: &FlowKey) -> AnsweredFlow {
     (
@@ -29,6 +29,7 @@ fn answered_flow(key: &FlowKey) -> AnsweredFlow {
         key.destination,
         key.protocol,
         key.destination_port,
+        key.netns,
     )
 }
 
@@ -70,6 +71,8 @@ pub struct Late {
     answers: HashMap<AnsweredFlow, Balance>,
     neighbour_waits: u64,
     resolving_until: Option<Instant>,
+    /// Answers that found no room.
+    ignored: u64,
     /// Without the neighbour tracepoint it is never known whether one is awaited.
     always: bool,
 }
@@ -81,6 +84,11 @@ impl Late {
             always: !knows_neighbours,
             ..Self::default()
         }
+    }
+
+    /// Answers that found no room, so that their drops count as silent.
+    pub fn ignored(&self) -> u64 {
+        self.ignored
     }
 
     /// Whether anything waits, so that [`Self::settle`] has to be called again soon.
@@ -108,8 +116,12 @@ impl Late {
         }
         let mut settled = Vec::with_capacity(flows.len());
         for (key, count) in flows {
-            let seen = i64::from(count.told_seen);
-            if seen > 0 {
+            let seen = i64::from(count.answers);
+            let has_room =
+                self.answers.len() < MAX_HELD || self.answers.contains_key(&answered_flow(key));
+            if seen > 0 && !has_room {
+                self.ignored += u64::from(count.answers);
+            } else if seen > 0 {
                 let balance = self.answers.entry(answered_flow(key)).or_default();
                 balance.now += if key.kind == KIND_ANSWER { seen } else { -seen };
                 balance.used = Some(now);
@@ -117,19 +129,14 @@ impl Late {
             if key.kind == KIND_ANSWER {
                 continue;
             }
-            let told =
-                (u64::from(count.told_named) + u64::from(count.told_seen)).min(count.packets);
+            let told = u64::from(count.told).min(count.packets);
             let mut ready = Settled {
                 key: *key,
                 untold: count.packets - told,
                 told,
                 until,
             };
-            if ready.untold > 0
-                && resolving
-                && may_be_answered_late(key)
-                && self.held.len() < MAX_HELD
-            {
+            if ready.untold > 0 && resolving && key.ip_version != 0 && self.held.len() < MAX_HELD {
                 self.held.push(Held {
                     key: *key,
                     untold: ready.untold,
@@ -193,11 +200,6 @@ impl Late {
     }
 }
 
-/// `icmp_send` names its packet at once; RSTs and ICMPv6 errors can leave late.
-fn may_be_answered_late(key: &FlowKey) -> bool {
-    key.ip_version != 0 && (key.protocol == 6 || key.ip_version == 6)
-}
-
 #[cfg(test)]
 mod tests {
     use whydrop_ebpf::{KIND_PACKET, KIND_SYN};
@@ -225,10 +227,11 @@ mod tests {
         }
     }
 
-    fn count(packets: u64, told_seen: u32) -> FlowCount {
+    fn count(packets: u64, answers: u32) -> FlowCount {
         FlowCount {
             packets,
-            told_seen,
+            told: answers,
+            answers,
             ..FlowCount::default()
         }
     }
@@ -292,23 +295,17 @@ mod tests {
     }
 
     #[test]
-    fn udp_over_ipv4_never_waits_and_the_end_publishes_everything() {
+    fn what_is_no_ip_packet_never_waits_and_the_end_publishes_everything() {
         let mut late = Late::new(false);
-        let udp = FlowKey {
-            protocol: 17,
+        let arp = FlowKey {
+            ip_version: 0,
+            protocol: 0,
             kind: KIND_PACKET,
             ..flow(1)
         };
         let now = Timestamp::now();
-        assert_eq!(
-            sum(&late.settle(
-                &[(udp, count(3, 0)), (flow(1), count(5, 0))],
-                0,
-                now,
-                Instant::now()
-            )),
-            (3, 0)
-        );
+        let flows = [(arp, count(3, 0)), (flow(1), count(5, 0))];
+        assert_eq!(sum(&late.settle(&flows, 0, now, Instant::now())), (3, 0));
         late.settle(&[(answer(1), count(0, 2))], 0, now, Instant::now());
         assert_eq!(sum(&late.finish()), (3, 2));
         assert!(!late.is_waiting());

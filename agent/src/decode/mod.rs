@@ -87,14 +87,14 @@ impl Names {
     }
 }
 
-/// From an address in the kernel to the function that it is in; asked once for each address.
-pub type Locate = Box<dyn FnMut(u64) -> Option<Arc<str>> + Send>;
+/// From the low half of an address in the kernel to the function that it is in.
+pub type Locate = Box<dyn FnMut(u32) -> Option<Arc<str>> + Send>;
 
 /// Decodes counts and events; remembers names of places and devices.
 pub struct Decoder {
     names: Names,
     locate: Locate,
-    locations: HashMap<u64, Option<Arc<str>>>,
+    locations: HashMap<u32, Option<Arc<str>>>,
     interfaces: HashMap<(u32, u32), Arc<str>>,
 }
 
@@ -115,11 +115,16 @@ impl Decoder {
     }
 
     /// The function at an address. The kernel has some hundred places that free packets.
-    pub fn location(&mut self, address: u64) -> Option<Arc<str>> {
+    pub fn location(&mut self, address: u32) -> Option<Arc<str>> {
         self.locations
             .entry(address)
             .or_insert_with(|| (self.locate)(address))
             .clone()
+    }
+
+    /// Forgets what it knows of places: a module that is loaded anew puts other functions there.
+    pub fn forget_locations(&mut self) {
+        self.locations.clear();
     }
 
     /// What reason and place say about packets of a flow.
@@ -251,7 +256,7 @@ pub fn flow(key: &FlowKey) -> Option<Flow> {
 
 #[cfg(test)]
 mod tests {
-    use whydrop_ebpf::{KIND_PACKET, SNAP_LEN, TOLD_SEEN};
+    use whydrop_ebpf::{KIND_PACKET, SNAP_LEN, TOLD};
 
     use super::*;
 
@@ -332,7 +337,7 @@ mod tests {
     fn told_is_rejected_and_benign_is_no_event() {
         let mut decoder = decoder();
         let told = DropEvent {
-            told: TOLD_SEEN,
+            told: TOLD,
             ..event()
         };
         let drop = decoder

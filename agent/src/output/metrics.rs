@@ -10,7 +10,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
 use crate::event::{LostStage, Outcome};
-use crate::record::{End, Pair, Record, Series};
+use crate::record::{End, Pair, Series, Snapshot};
 use crate::state::{State, Status, lock};
 
 /// The text of a scrape; empty if it cannot be encoded, which is logged.
@@ -77,7 +77,8 @@ fn one<'v>(label: &'static str, value: impl Into<Cow<'v, str>>) -> Labels<'v> {
 impl Collector for Metrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let state = &*self.0;
-        drops(&mut encoder, &lock(&state.record))?;
+        let snapshot = lock(&state.record).snapshot();
+        drops(&mut encoder, &snapshot)?;
         losses(&mut encoder, state)?;
         sources(&mut encoder, &lock(&state.status))?;
         gauges(
@@ -102,7 +103,7 @@ impl Collector for Metrics {
 }
 
 /// What was dropped.
-fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Record) -> fmt::Result {
+fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Snapshot) -> fmt::Result {
     for (outcome, named) in [
         (
             Outcome::Dropped,
@@ -120,12 +121,13 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Record) -> fmt::Result {
         ),
     ] {
         let rows = record
-            .series()
+            .series
+            .iter()
             .filter(|(series, _)| series.outcome == outcome);
         counters(
             encoder,
             named,
-            rows.map(|(series, packets)| (pair_labels(series), packets)),
+            rows.map(|(series, packets)| (pair_labels(series), *packets)),
         )?;
     }
     counters(
@@ -134,17 +136,20 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Record) -> fmt::Result {
             "whydrop_node_drops",
             "Every packet that the kernel's kfree_skb tracepoint reported on this node",
         ),
-        record.node_drops().map(|(reason, fate, packets)| {
+        record.node_drops.iter().map(|(reason, fate, packets)| {
             (
-                vec![("reason", reason.into()), ("outcome", fate.as_str().into())],
-                packets,
+                vec![
+                    ("reason", (&**reason).into()),
+                    ("outcome", fate.as_str().into()),
+                ],
+                *packets,
             )
         }),
     )?;
     gauges(
         encoder,
         ("whydrop_series", "Series of pairs"),
-        [(Vec::new(), record.series().count() as u64)],
+        [(Vec::new(), record.series.len() as u64)],
     )?;
     counters(
         encoder,
@@ -152,7 +157,7 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Record) -> fmt::Result {
             "whydrop_series_overflow",
             "Packets counted under __other__ because --max-series was reached",
         ),
-        [(Vec::new(), record.overflow_packets())],
+        [(Vec::new(), record.overflow_packets)],
     )?;
     counters(
         encoder,
@@ -164,7 +169,7 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Record) -> fmt::Result {
         [Outcome::Dropped, Outcome::Rejected].map(|outcome| {
             (
                 one("outcome", outcome.as_str()),
-                record.expired_packets(outcome),
+                record.expired_packets.get(&outcome).copied().unwrap_or(0),
             )
         }),
     )

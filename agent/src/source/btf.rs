@@ -97,8 +97,6 @@ fn from_btf(btf: &Btf) -> Result<KernelTypes, BtfError> {
         ct_status: optional("nf_conn.status"),
         ct_tuplehash: optional("nf_conn.tuplehash"),
         has_reason: u32::from(has_reason(btf)),
-        // The loader decides it by attaching.
-        has_icmp_send: 0,
     };
     if offsets.ct_tuplehash != MISSING && !tuple_is_as_expected(btf) {
         offsets.ct_tuplehash = MISSING;

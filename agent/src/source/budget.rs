@@ -76,10 +76,10 @@ impl Budget {
             + 16 * PAGE_BYTES
     }
 
-    /// How many events one CPU may send in a generation of 100 ms: together 5,000 a second, more
+    /// How many events one CPU may send in a window of 100 ms: together 5,000 a second, more
     /// than anyone reads, and a hundredth of what a drop costs in a flood; never fewer than 10.
-    pub fn events_per_cpu(&self) -> u64 {
-        (500 / self.cpus.max(1) as u64).max(10)
+    pub fn events_per_cpu(&self) -> u32 {
+        u32::try_from(500 / self.cpus.max(1)).unwrap_or(0).max(10)
     }
 }
 

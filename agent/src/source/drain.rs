@@ -5,20 +5,28 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aya::maps::PerCpuValues;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot};
 use whydrop_ebpf::{Control, Cpu, FlowCount, FlowKey, OverflowCount, OverflowKey, PerCpu};
 
+use super::budget::Budget;
 use super::load::{self, Maps};
 use super::sys::{self, Plain};
 
-/// How often counts are fetched while there are any. Shorter lets the flow map fill less, longer
-/// costs less; a drain of 50,000 keys takes 20 ms.
-pub const PERIOD: Duration = Duration::from_millis(100);
+/// How long a generation lasts while something is dropped. Each flow that goes on is a new key in
+/// each generation, which costs several times what adding to it does; a scrape need not wait for
+/// the end.
+pub const GENERATION: Duration = Duration::from_secs(1);
+
+/// How often the programs' own numbers are looked at: whether there is anything to fetch, and
+/// whether the map is filling. Also the window of the limits on events.
+const WINDOW: Duration = Duration::from_millis(100);
 
 /// Keys in one batch call: 128 KiB of keys and values on 2 CPUs, 2 MiB on 128.
 const BATCH_KEYS: usize = 1024;
@@ -54,7 +62,7 @@ pub struct ProgramTotals {
 pub struct Drained {
     /// Which one.
     pub generation: u64,
-    /// When it ended.
+    /// When it ended: later packets are the next one's.
     pub until: Timestamp,
     /// Its flows, all CPUs together.
     pub flows: Vec<(FlowKey, FlowCount)>,
@@ -66,97 +74,116 @@ pub struct Drained {
     pub asked_by: Vec<oneshot::Sender<()>>,
 }
 
-/// What can be asked of the thread.
-#[derive(Debug)]
-enum Request {
-    /// Fetch now.
-    Flush(oneshot::Sender<()>),
-    /// Fetch for the last time, then end.
-    Stop,
-}
-
 /// A handle to the thread.
 #[derive(Clone, Debug)]
-pub struct Drainer(SyncSender<Request>);
+pub struct Drainer {
+    requests: SyncSender<oneshot::Sender<()>>,
+    stop: Arc<AtomicBool>,
+}
+
+/// What the thread is started with.
+pub struct Setup {
+    /// The counts.
+    pub maps: Maps,
+    /// File descriptors of the attached programs, by name.
+    pub programs: Vec<(String, OwnedFd)>,
+    /// Numbers of the reasons that are benign whatever the packet was.
+    pub benign_reasons: Vec<u32>,
+    /// Sizes.
+    pub budget: Budget,
+}
 
 impl Drainer {
     /// Starts the thread; `drained` gets every generation, the last one after [`Self::stop`], and is
     /// then closed.
-    pub fn start(
-        maps: Maps,
-        programs: Vec<(String, OwnedFd)>,
-        benign_reasons: Vec<u32>,
-        events_per_cpu: u64,
-        drained: mpsc::Sender<Drained>,
-    ) -> std::io::Result<Self> {
+    ///
+    /// # Errors
+    /// The thread cannot be started, or the programs cannot be switched on.
+    pub fn start(setup: Setup, drained: mpsc::Sender<Drained>) -> std::io::Result<Self> {
         // Scrapes that ask at the same moment; more are refused and read what is there.
-        let (sender, receiver) = sync_channel(32);
+        let (requests, receiver) = sync_channel(32);
+        let stop = Arc::new(AtomicBool::new(false));
         let mut state = State {
-            maps,
-            programs,
-            benign_reasons,
-            events_per_cpu,
+            setup,
             generation: 0,
+            window: 0,
             seen: 0,
+            inserted: 0,
+            fetched: Instant::now(),
+            totals: Totals::default(),
+            waits_by_time: false,
         };
         state.write_control().map_err(std::io::Error::other)?;
+        let stopped = stop.clone();
         std::thread::Builder::new()
             .name("drain".to_owned())
-            .spawn(move || state.run(&receiver, &drained))?;
-        Ok(Self(sender))
+            .spawn(move || state.run(&receiver, &stopped, &drained))?;
+        Ok(Self { requests, stop })
     }
 
     /// Fetches what was counted until now, and returns when it is published; false if the thread
     /// is too busy or gone.
     pub async fn flush(&self) -> bool {
         let (done, published) = oneshot::channel();
-        self.0.try_send(Request::Flush(done)).is_ok() && published.await.is_ok()
+        self.requests.try_send(done).is_ok() && published.await.is_ok()
     }
 
-    /// Fetches for the last time and ends the thread.
+    /// Fetches for the last time and ends the thread, within [`WINDOW`].
     pub fn stop(&self) {
-        // Full: the thread is alive and will find the channel closed when the last handle is gone.
-        let _ = self.0.try_send(Request::Stop);
+        self.stop.store(true, Ordering::Relaxed);
     }
 }
 
 struct State {
-    maps: Maps,
-    programs: Vec<(String, OwnedFd)>,
-    /// Numbers of the reasons that are benign whatever the packet was.
-    benign_reasons: Vec<u32>,
-    events_per_cpu: u64,
+    setup: Setup,
     generation: u64,
+    window: u32,
     /// [`Cpu::counted`] and the answers at the last drain: nothing new, nothing to do.
     seen: u64,
+    /// [`Cpu::inserted`] at the last drain.
+    inserted: u64,
+    fetched: Instant,
+    /// The last that could be read.
+    totals: Totals,
+    /// `membarrier` does not work here, which was said.
+    waits_by_time: bool,
 }
 
 impl State {
-    fn run(mut self, requests: &Receiver<Request>, drained: &mpsc::Sender<Drained>) {
+    fn run(
+        mut self,
+        requests: &Receiver<oneshot::Sender<()>>,
+        stop: &AtomicBool,
+        drained: &mpsc::Sender<Drained>,
+    ) {
         loop {
-            let mut asked_by = Vec::new();
-            let mut stop = false;
-            match requests.recv_timeout(PERIOD) {
-                Ok(Request::Flush(done)) => asked_by.push(done),
-                Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => stop = true,
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            while let Ok(request) = requests.try_recv() {
-                match request {
-                    Request::Flush(done) => asked_by.push(done),
-                    Request::Stop => stop = true,
-                }
-            }
-            let cpu = self.cpu();
-            // Overflow and neighbours that are waited for come with `counted`; benign ones do not,
-            // and are of interest only to who asks.
-            let now = cpu.counted + cpu.answers_seen;
-            if now != self.seen || !asked_by.is_empty() || stop {
-                self.seen = now;
+            let first = requests.recv_timeout(WINDOW);
+            let stop = stop.load(Ordering::Relaxed)
+                || matches!(first, Err(RecvTimeoutError::Disconnected));
+            let asked_by: Vec<_> = first.into_iter().chain(requests.try_iter()).collect();
+            let mut error = None;
+            let cpu = self.cpu().unwrap_or_else(|e| {
+                error = Some(e);
+                self.totals.cpu
+            });
+            // Benign drops are of interest only to who asks.
+            let is_new = cpu.counted + cpu.answers_counted != self.seen;
+            let is_old = self.fetched.elapsed() >= GENERATION;
+            let fills = cpu.inserted - self.inserted.min(cpu.inserted)
+                > u64::from(self.setup.budget.flows / 2);
+            if is_new && (is_old || fills) || !asked_by.is_empty() || stop {
+                self.seen = cpu.counted + cpu.answers_counted;
+                self.inserted = cpu.inserted;
                 let mut batch = self.drain();
+                batch.error = batch.error.or(error);
                 batch.asked_by = asked_by;
                 if drained.blocking_send(batch).is_err() {
                     return;
+                }
+            } else if is_new {
+                self.window += 1;
+                if let Err(error) = self.write_control() {
+                    tracing::debug!(%error, "the limits on events do not begin anew");
                 }
             }
             if stop {
@@ -167,55 +194,81 @@ impl State {
 
     fn drain(&mut self) -> Drained {
         let old = self.generation;
-        self.generation += 1;
-        let mut error = self.write_control().err();
-        if let Err(e) = sys::wait_for_programs() {
-            // Without membarrier (CONFIG_MEMBARRIER=n) a grace period is waited out by time; a
-            // program runs for a microsecond.
-            error.get_or_insert_with(|| format!("membarrier is not available: {e}"));
-            std::thread::sleep(PERIOD);
-        }
-        let mut flows = Vec::new();
-        let map = &self.maps.flow_fds[(old & 1) as usize];
-        let cpus = aya::util::nr_cpus().unwrap_or(1);
-        if let Err(e) = sys::drain_flows(map.as_fd(), cpus, BATCH_KEYS, |key, count| {
-            flows.push((key, count));
-        }) {
-            error.get_or_insert_with(|| format!("cannot read the counts of generation {old}: {e}"));
-        }
-        Drained {
+        let mut drained = Drained {
             generation: old,
             until: Timestamp::now(),
-            flows,
-            totals: self.totals(),
-            error,
+            flows: Vec::new(),
+            totals: Totals::default(),
+            error: None,
             asked_by: Vec::new(),
+        };
+        self.generation += 1;
+        self.window += 1;
+        if let Err(e) = self.write_control() {
+            // The programs still write to the old one: it is drained another time.
+            self.generation = old;
+            drained.error = Some(e);
+        } else {
+            self.wait_for_programs();
+            let map = &self.setup.maps.flows[(old & 1) as usize];
+            let flows = &mut drained.flows;
+            let cpus = self.setup.budget.cpus;
+            if let Err(e) = sys::drain_flows(map.as_fd(), cpus, BATCH_KEYS, |key, count| {
+                flows.push((key, count));
+            }) {
+                drained.error = Some(format!("cannot read the counts of generation {old}: {e}"));
+            }
         }
+        self.fetched = Instant::now();
+        match self.read_totals() {
+            Ok(totals) => self.totals = totals,
+            Err(e) => drained.error = Some(e),
+        }
+        drained.totals = self.totals.clone();
+        drained
+    }
+
+    /// Returns when no program that saw the old generation can still be running.
+    fn wait_for_programs(&mut self) {
+        if !self.waits_by_time {
+            let Err(error) = sys::wait_for_programs() else {
+                return;
+            };
+            // Not with nohz_full, or without CONFIG_MEMBARRIER.
+            tracing::warn!(
+                %error,
+                "membarrier does not work here; counts are fetched 100 ms after each switch, \
+                 and a program that was interrupted for longer can lose one"
+            );
+            self.waits_by_time = true;
+        }
+        std::thread::sleep(WINDOW);
     }
 
     fn write_control(&mut self) -> Result<(), String> {
         let control = Control {
             generation: self.generation,
-            events_per_cpu: self.events_per_cpu,
+            window: self.window,
+            events_per_cpu: self.setup.budget.events_per_cpu(),
         };
-        self.maps
+        self.setup
+            .maps
             .control
             .set(0, Plain(control), 0)
             .map_err(|e| format!("cannot switch the programs to the next generation: {e}"))
     }
 
-    fn cpu(&self) -> Cpu {
+    fn cpu(&self) -> Result<Cpu, String> {
         let mut sum = Cpu::default();
-        let values: PerCpuValues<Plain<PerCpu>> = match self.maps.cpu.get(&0, 0) {
-            Ok(values) => values,
-            Err(error) => {
-                tracing::debug!(%error, "cannot read the CPUs' counts");
-                return sum;
-            }
-        };
+        let values: PerCpuValues<Plain<PerCpu>> = self
+            .setup
+            .maps
+            .cpu
+            .get(&0, 0)
+            .map_err(|e| format!("cannot read the CPUs' own counts: {e}"))?;
         for Plain(PerCpu { cpu, .. }) in values.iter() {
-            sum.drops += cpu.drops;
             sum.counted += cpu.counted;
+            sum.inserted += cpu.inserted;
             sum.overflow += cpu.overflow;
             sum.unplaced += cpu.unplaced;
             sum.unplaced_told += cpu.unplaced_told;
@@ -223,32 +276,38 @@ impl State {
             sum.limited_flow += cpu.limited_flow;
             sum.limited_cpu += cpu.limited_cpu;
             sum.neighbour_waits += cpu.neighbour_waits;
-            sum.answers_seen += cpu.answers_seen;
+            sum.answers_counted += cpu.answers_counted;
             sum.answers_lost += cpu.answers_lost;
             sum.missed += cpu.missed;
         }
-        sum
+        Ok(sum)
     }
 
-    fn totals(&self) -> Totals {
+    /// All or nothing: a sum of which a part is missing would seem to go backwards.
+    fn read_totals(&self) -> Result<Totals, String> {
+        let maps = &self.setup.maps;
         let mut benign = Vec::new();
-        for reason in &self.benign_reasons {
-            if let Ok(values) = self.maps.benign.get(reason, 0) {
-                let packets = values.iter().sum();
-                if packets > 0 {
-                    benign.push((*reason, packets));
-                }
+        for reason in &self.setup.benign_reasons {
+            let values = maps.benign.get(reason, 0);
+            let values =
+                values.map_err(|e| format!("cannot read the counts of benign drops: {e}"))?;
+            let packets = values.iter().sum();
+            if packets > 0 {
+                benign.push((*reason, packets));
             }
         }
         let mut overflow: HashMap<OverflowKey, OverflowCount> = HashMap::new();
-        for (Plain(key), values) in self.maps.overflow.iter().flatten() {
+        for entry in maps.overflow.iter() {
+            let (Plain(key), values) =
+                entry.map_err(|e| format!("cannot read the counts of drops without flow: {e}"))?;
             let sum = overflow.entry(key).or_default();
             for Plain(count) in values.iter() {
-                sum.packets += count.packets;
+                sum.untold += count.untold;
                 sum.told += count.told;
             }
         }
         let programs = self
+            .setup
             .programs
             .iter()
             .map(|(name, fd)| {
@@ -261,11 +320,11 @@ impl State {
                 }
             })
             .collect();
-        Totals {
-            cpu: self.cpu(),
+        Ok(Totals {
+            cpu: self.cpu()?,
             benign,
             overflow: overflow.into_iter().collect(),
             programs,
-        }
+        })
     }
 }

@@ -17,23 +17,35 @@ pub struct Events {
     ring: AsyncFd<RingBuf<MapData>>,
     /// Entries of another size than an event's.
     pub malformed: u64,
+    /// Read to its end: the kernel wakes a reader only after that.
+    is_read: bool,
 }
 
 impl Events {
     /// Registers the buffer with the runtime; must be called inside it.
     pub fn new(ring: RingBuf<MapData>) -> Result<Self> {
         let ring = pollable(ring).context("cannot wait for the ring buffer")?;
-        Ok(Self { ring, malformed: 0 })
+        Ok(Self {
+            ring,
+            malformed: 0,
+            is_read: true,
+        })
     }
 
     /// Waits until there is something to read.
+    ///
+    /// # Errors
+    /// The runtime cannot wait for it.
     pub async fn ready(&mut self) -> Result<()> {
-        let mut guard = self
-            .ring
-            .readable_mut()
-            .await
-            .context("cannot wait for the ring buffer")?;
-        guard.clear_ready();
+        if self.is_read {
+            let mut guard = self
+                .ring
+                .readable_mut()
+                .await
+                .context("cannot wait for the ring buffer")?;
+            guard.clear_ready();
+            self.is_read = false;
+        }
         Ok(())
     }
 
@@ -45,6 +57,7 @@ impl Events {
                 None => self.malformed += 1,
             }
         }
+        self.is_read = true;
         None
     }
 }

@@ -9,9 +9,7 @@ use anyhow::{Context as _, Result};
 use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
 use aya::programs::{BtfTracePoint, Program, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
-use whydrop_ebpf::{
-    Control, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, PerCpu, REASONS,
-};
+use whydrop_ebpf::{Control, OverflowCount, OverflowKey, PerCpu, REASONS};
 
 use super::btf::{self, KernelTypes};
 use super::budget::Budget;
@@ -33,18 +31,12 @@ struct Hook {
 
 /// In the order of attaching: what tells of answers before what counts drops, so that no drop is
 /// counted as silent because its answer was not watched yet.
-const HOOKS: [Hook; 4] = [
+const HOOKS: [Hook; 3] = [
     Hook {
-        source: "told_icmp",
-        tracepoint: "icmp_send",
-        programs: ["icmp_send", "icmp_send_raw"],
-        lost_without: "ICMP errors are then recognised as they leave, at net_dev_queue (Linux before 5.13)",
-    },
-    Hook {
-        source: "told_reset",
+        source: "told",
         tracepoint: "net_dev_queue",
         programs: ["net_dev_queue", "net_dev_queue_raw"],
-        lost_without: "packets refused by a RST or an ICMPv6 error are counted as silent drops",
+        lost_without: "packets refused by a RST or an ICMP error are counted as silent drops",
     },
     Hook {
         source: "neighbour",
@@ -89,10 +81,8 @@ pub struct SourceStatus {
 pub struct Maps {
     /// See `agent-ebpf/src/maps.rs`, which says what each is for.
     pub control: Array<MapData, Plain<Control>>,
-    /// The two generations.
-    pub flows: [PerCpuHashMap<MapData, Plain<FlowKey>, Plain<FlowCount>>; 2],
-    /// Raw handles of the same, for batch calls.
-    pub flow_fds: [std::os::fd::OwnedFd; 2],
+    /// The two generations, for batch calls.
+    pub flows: [std::os::fd::OwnedFd; 2],
     /// Packets that found no room there.
     pub overflow: PerCpuHashMap<MapData, Plain<OverflowKey>, Plain<OverflowCount>>,
     /// Packets by benign reason.
@@ -148,11 +138,7 @@ pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
     // aya reads BTF once more for attaching: it keeps function signatures, btf-rs struct members.
     let btf = Btf::from_sys_fs().context("cannot read /sys/kernel/btf/vmlinux")?;
 
-    // `icmp_send` decides how told.rs is compiled, so it is probed first, by attaching.
-    let has_icmp_send = probe(&types, &budget, how, &btf).is_ok();
-    let mut offsets = types.offsets;
-    offsets.has_icmp_send = u32::from(has_icmp_send);
-    let mut ebpf = open(&offsets, &types, &budget, &btf, log)?;
+    let mut ebpf = open(&types, &budget, &btf, log)?;
 
     let mut sources = Vec::new();
     let mut programs = Vec::new();
@@ -181,8 +167,8 @@ pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
             why,
         });
     }
-    let has_conntrack =
-        offsets.ct_tuplehash != whydrop_ebpf::MISSING && offsets.skb_nfct != whydrop_ebpf::MISSING;
+    let has_conntrack = types.offsets.ct_tuplehash != whydrop_ebpf::MISSING
+        && types.offsets.skb_nfct != whydrop_ebpf::MISSING;
     sources.push(SourceStatus {
         source: SERVICES,
         up: has_conntrack,
@@ -192,7 +178,7 @@ pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
         lost: (!has_conntrack).then_some("the Service that a packet was sent to is not named"),
     });
 
-    let has_reasons = offsets.has_reason == 1;
+    let has_reasons = types.offsets.has_reason == 1;
     sources.push(SourceStatus {
         source: REASONS_SOURCE,
         up: has_reasons,
@@ -207,15 +193,9 @@ pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
             .with_context(|| format!("the eBPF object has no map {name}"))
     };
     let flows = [take(&mut ebpf, "FLOWS_0")?, take(&mut ebpf, "FLOWS_1")?];
-    let flow_fds = [map_fd(&flows[0])?, map_fd(&flows[1])?];
-    let [flows_0, flows_1] = flows;
     let maps = Maps {
         control: Array::try_from(take(&mut ebpf, "CONTROL")?)?,
-        flows: [
-            PerCpuHashMap::try_from(flows_0)?,
-            PerCpuHashMap::try_from(flows_1)?,
-        ],
-        flow_fds,
+        flows: [map_fd(&flows[0])?, map_fd(&flows[1])?],
         overflow: PerCpuHashMap::try_from(take(&mut ebpf, "OVERFLOW")?)?,
         benign: PerCpuArray::try_from(take(&mut ebpf, "BENIGN_COUNT")?)?,
         cpu: PerCpuArray::try_from(take(&mut ebpf, "CPU")?)?,
@@ -234,14 +214,8 @@ pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
 }
 
 /// The object with globals and map sizes set; its programs are not loaded yet.
-fn open(
-    offsets: &Offsets,
-    types: &KernelTypes,
-    budget: &Budget,
-    btf: &Btf,
-    log: bool,
-) -> Result<Ebpf> {
-    let offsets = Plain(*offsets);
+fn open(types: &KernelTypes, budget: &Budget, btf: &Btf, log: bool) -> Result<Ebpf> {
+    let offsets = Plain(types.offsets);
     let mut benign = Plain([0u8; REASONS]);
     for (number, name) in &types.reasons {
         if let Some(flag) = benign.0.get_mut(*number as usize) {
@@ -260,21 +234,9 @@ fn open(
         .map_max_entries("FLOWS_1", budget.flows)
         .map_max_entries("OVERFLOW", budget.overflow)
         .map_max_entries("EVENTS", budget.ring_bytes)
-        .map_max_entries("AYA_LOGS", if log { 128 * 1024 } else { 4096 })
+        .map_max_entries("AYA_LOGS", if log { 32 * 1024 } else { 4096 })
         .load(OBJECT)
         .with_context(refused)
-}
-
-/// Attaches the first hook in an object of its own, and takes it off again.
-fn probe(types: &KernelTypes, budget: &Budget, how: Attach, btf: &Btf) -> Result<(), String> {
-    let small = Budget {
-        flows: 1,
-        overflow: 1,
-        ring_bytes: 4096,
-        ..*budget
-    };
-    let mut ebpf = open(&types.offsets, types, &small, btf, false).map_err(|e| format!("{e:#}"))?;
-    attach(&mut ebpf, &HOOKS[0], how, btf).map(|_| ())
 }
 
 /// Attaches the first program of a hook that the kernel takes: its description and its name.

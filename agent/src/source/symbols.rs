@@ -66,6 +66,14 @@ impl Symbols {
         Some(Arc::from(name))
     }
 
+    /// The function that holds the call which returns to an address of which the low half is known:
+    /// the kernel and its modules lie within 2 GiB of one another.
+    pub fn name_by_low_half(&self, low: u32) -> Option<Arc<str>> {
+        let base = self.starts.first()?.0;
+        let distance = low.wrapping_sub(base as u32).cast_signed();
+        self.name(base.wrapping_add_signed(distance.into()))
+    }
+
     /// Whether any address is known.
     pub fn is_empty(&self) -> bool {
         self.starts.is_empty()
@@ -105,8 +113,8 @@ impl Locator {
         }
     }
 
-    /// The function that holds the call which returns to `address`.
-    pub fn name(&mut self, address: u64) -> Option<Arc<str>> {
+    /// The function that holds the call which returns to the address with this low half.
+    pub fn name(&mut self, address_low: u32) -> Option<Arc<str>> {
         // An address of a module that came later would be taken for the function before it.
         let modules = modules();
         if modules != self.modules {
@@ -115,7 +123,7 @@ impl Locator {
                 modules,
             };
         }
-        self.symbols.name(address)
+        self.symbols.name_by_low_half(address_low)
     }
 }
 
@@ -153,6 +161,11 @@ mod tests {
         assert_eq!(name(0xffff_ffff_8100_0301).as_deref(), Some("ip_error"));
         assert_eq!(name(0xffff_ffff_c000_0010).as_deref(), Some("in_module"));
         assert_eq!(name(0x1000), None);
+        // Above and below the first symbol.
+        let low = |address| symbols.name_by_low_half(address).map(|n| n.to_string());
+        assert_eq!(low(0x8100_0150).as_deref(), Some("nft_do_chain"));
+        assert_eq!(low(0xc000_0010).as_deref(), Some("in_module"));
+        assert_eq!(low(0x7000_0000), None);
     }
 
     #[test]

@@ -97,7 +97,7 @@ pub fn drain_flows(
             ..BatchAttr::default()
         };
         // SAFETY: the attribute is the kernel's layout; keys and values have room for `count`
-        // elements (a per-CPU value is rounded up to 8 bytes, FlowCount is 16, times the possible
+        // elements (a per-CPU value is rounded up to 8 bytes, FlowCount is 24, times the possible
         // CPUs); the positions of a hash map are 4 bytes.
         let result = unsafe {
             libc::syscall(
@@ -108,10 +108,16 @@ pub fn drain_flows(
             )
         };
         let error = (result < 0).then(io::Error::last_os_error);
-        let ended = error.as_ref().and_then(io::Error::raw_os_error) == Some(libc::ENOENT);
-        if let Some(error) = error.filter(|_| !ended) {
-            return Err(error);
-        }
+        // Whatever went wrong after the first key was deleted, `count` says how many there were.
+        let refused = [libc::EFAULT, libc::EINVAL, libc::EPERM, libc::EBADF];
+        let error = match error.as_ref().and_then(io::Error::raw_os_error) {
+            Some(code) if refused.contains(&code) => {
+                return Err(io::Error::from_raw_os_error(code));
+            }
+            Some(libc::ENOENT) => None,
+            _ => error,
+        };
+        let ended = result < 0 && error.is_none();
         for i in 0..(attr.count as usize).min(chunk) {
             let Some(key) = read::<FlowKey>(&keys[i * KEY..]) else {
                 continue;
@@ -120,11 +126,14 @@ pub fn drain_flows(
             for cpu in 0..cpus {
                 if let Some(count) = read::<FlowCount>(&values[(i * cpus + cpu) * VALUE..]) {
                     sum.packets += count.packets;
-                    sum.told_named += count.told_named;
-                    sum.told_seen += count.told_seen;
+                    sum.told += count.told;
+                    sum.answers += count.answers;
                 }
             }
             found(key, sum);
+        }
+        if let Some(error) = error {
+            return Err(error);
         }
         if ended {
             return Ok(());

@@ -55,10 +55,29 @@ pub fn passing(report: &mut Report) -> Result<()> {
         }
     }
     for ((kind, unit), [without, with]) in kinds.iter().zip(units).zip(&rates) {
-        report.figure(format!("{kind}: without"), median(without).round(), unit, Must::Shown);
-        report.figure(format!("{kind}: with whydrop"), median(with).round(), unit, Must::Shown);
-        let ratios: Vec<f64> = with.iter().zip(without).map(|(with, without)| with / without).collect();
-        report.figure(format!("{kind}: with / without"), median(&ratios), "", Must::AtLeast(0.99));
+        report.figure(
+            format!("{kind}: without"),
+            median(without).round(),
+            unit,
+            Must::Shown,
+        );
+        report.figure(
+            format!("{kind}: with whydrop"),
+            median(with).round(),
+            unit,
+            Must::Shown,
+        );
+        let ratios: Vec<f64> = with
+            .iter()
+            .zip(without)
+            .map(|(with, without)| with / without)
+            .collect();
+        report.figure(
+            format!("{kind}: with / without"),
+            median(&ratios),
+            "",
+            Must::AtLeast(0.99),
+        );
         report.round(json!({"kind": kind, "unit": unit, "without": without, "with": with}));
     }
     Ok(())

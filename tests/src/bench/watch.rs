@@ -62,9 +62,11 @@ impl Watcher {
             Self::Empty => Watching::Peer(Peer::attach("empty")?),
             Self::Minimal => Watching::Peer(Peer::attach("minimal")?),
             Self::Bpftrace => Watching::Bpftrace(Bpftrace::start(lab, family)?),
-            Self::Whydrop => {
-                Watching::Whydrop(Agent::start_unfollowed(&lab.node(), &flows::objects(lab), &[])?)
-            }
+            Self::Whydrop => Watching::Whydrop(Agent::start_unfollowed(
+                &lab.node(),
+                &flows::objects(lab),
+                &[],
+            )?),
         })
     }
 }
@@ -101,7 +103,9 @@ impl Watching {
                 Self::Whydrop(_) => program.name.starts_with("kfree_skb"),
                 _ => true,
             })
-            .fold((0, 0), |(runs, ns), program| (runs + program.runs, ns + program.run_ns)))
+            .fold((0, 0), |(runs, ns), program| {
+                (runs + program.runs, ns + program.run_ns)
+            }))
     }
 
     /// Ends it and waits for its end.
@@ -136,7 +140,9 @@ impl Peer {
             .program_mut(name)
             .with_context(|| format!("the peers have no program {name}"))?
             .try_into()?;
-        program.load("kfree_skb", &btf).with_context(|| format!("load {name}"))?;
+        program
+            .load("kfree_skb", &btf)
+            .with_context(|| format!("load {name}"))?;
         program.attach().with_context(|| format!("attach {name}"))?;
         Ok(Self(ebpf))
     }
@@ -160,7 +166,10 @@ pub struct Bpftrace {
 impl Bpftrace {
     /// Whether it is installed.
     pub fn is_installed() -> bool {
-        Command::new("bpftrace").arg("--version").output().is_ok_and(|output| output.status.success())
+        Command::new("bpftrace")
+            .arg("--version")
+            .output()
+            .is_ok_and(|output| output.status.success())
     }
 
     /// Starts it, and drops packets until its program has run.
@@ -200,7 +209,10 @@ impl Bpftrace {
                 bail!("bpftrace ended at once: {status}");
             }
             flows.send(lab, Amount::Each(1))?;
-            if kernel::programs(self.child.id())?.iter().any(|program| program.runs > 0) {
+            if kernel::programs(self.child.id())?
+                .iter()
+                .any(|program| program.runs > 0)
+            {
                 return Ok(());
             }
             std::thread::sleep(POLL);
