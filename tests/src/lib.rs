@@ -10,6 +10,7 @@
 //! | [`traffic`] | connects, bursts and raw packets, sent from inside a namespace |
 //! | [`bystander`] | allowed traffic of the second pair, which must never be blamed |
 //! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
+//! | [`kernel`] | the programs and maps that a process has in the kernel |
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
 //! | [`agent`] | the agent as a process: start, scrape, read events, stop |
 //! | [`scene`] | a lab with a dropper, an agent and a bystander: what nearly every test needs |
@@ -24,6 +25,7 @@ pub mod agent;
 pub mod bystander;
 pub mod counters;
 pub mod expect;
+pub mod kernel;
 pub mod lab;
 pub mod objects;
 pub mod packet;
