@@ -16,6 +16,9 @@ fn main() -> Result<()> {
         if !status.success() {
             bail!("the eBPF programs were not built; `cargo xtask setup` installs what they need");
         }
+        // Read by tests/build.rs: the benchmarks' peers are built in the same go.
+        let out = std::env::var("OUT_DIR").context("cargo sets OUT_DIR")?;
+        println!("cargo::metadata=programs={out}");
         return Ok(());
     }
     let toolchain = std::env::var("RUSTUP_TOOLCHAIN").unwrap_or_else(|_| "stable".to_owned());

@@ -84,16 +84,17 @@ impl Agent {
         objects: &Value,
         arguments: &[&str],
     ) -> Result<Self> {
-        let directory = tempfile::Builder::new()
-            .prefix("whydrop-lab-")
-            .tempdir()
-            .context("make a temporary directory")?;
-        fs::write(
-            directory.path().join("objects.yaml"),
-            serde_json::to_string_pretty(objects)?,
-        )
-        .context("write the objects")?;
-        Self::spawn(directory, wrapper, node, arguments)
+        let agent = Self::spawn(directory(objects)?, wrapper, node, arguments)?;
+        agent.follow()?;
+        Ok(agent)
+    }
+
+    /// As [`Agent::start_with`], but nobody follows its events: for what is measured.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub fn start_unfollowed(node: &str, objects: &Value, arguments: &[&str]) -> Result<Self> {
+        Self::spawn(directory(objects)?, &[], node, arguments)
     }
 
     /// Starts an agent where this one was: the same objects and the same socket.
@@ -104,7 +105,9 @@ impl Agent {
         let empty = tempfile::tempdir().context("make a temporary directory")?;
         let directory = std::mem::replace(&mut self.directory, empty);
         drop(self);
-        Self::spawn(directory, &[], node, &[])
+        let agent = Self::spawn(directory, &[], node, &[])?;
+        agent.follow()?;
+        Ok(agent)
     }
 
     fn spawn(
@@ -151,7 +154,6 @@ impl Agent {
         agent
             .wait_ready()
             .with_context(|| format!("the agent's log:\n{}", agent.log()))?;
-        agent.follow()?;
         Ok(agent)
     }
 
@@ -344,6 +346,17 @@ impl Drop for Agent {
             eprintln!("the agent's log:\n{}", self.log());
         }
     }
+}
+
+/// A temporary directory with the objects in a file.
+fn directory(objects: &Value) -> Result<tempfile::TempDir> {
+    let directory = tempfile::Builder::new()
+        .prefix("whydrop-lab-")
+        .tempdir()
+        .context("make a temporary directory")?;
+    let text = serde_json::to_string_pretty(objects)?;
+    fs::write(directory.path().join("objects.yaml"), text).context("write the objects")?;
+    Ok(directory)
 }
 
 /// The `whydrop` binary: `$WHYDROP_BIN`, else the one that cargo built beside this test.

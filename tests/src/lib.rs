@@ -14,6 +14,7 @@
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
 //! | [`agent`] | the agent as a process: start, scrape, read events, stop |
 //! | [`scene`] | a lab with a dropper, an agent and a bystander: what nearly every test needs |
+//! | [`bench`] | `cargo xtask bench`: what is measured, each beside a peer |
 //! | [`expect`](mod@expect) | what the agent must show for a lab, and nothing else |
 //!
 //! An agent sees the whole node, so also the drops of tests that run at the same time. Every lab
@@ -22,6 +23,7 @@
 //! the lab's lock for itself, so that no lab of another process runs meanwhile.
 
 pub mod agent;
+pub mod bench;
 pub mod bystander;
 pub mod counters;
 pub mod expect;

@@ -405,11 +405,21 @@ fn names_change_under_drops() -> Result<()> {
         old >= 50,
         "{old} under the old name, {new} under the new one"
     );
-    // In the stream the names change once.
-    expect::barrier(&lab, &agent)?;
-    let mut events = events(&agent);
-    events.retain(|event| event.source.pod.as_deref() == Some("client"));
-    events.retain(|event| event.source.namespace.as_deref() == Some(&lab.namespace()));
+    // In the stream the names change once, when all of it is there.
+    let mut events = loop {
+        let mut events = events(&agent);
+        events.retain(|event| event.source.pod.as_deref() == Some("client"));
+        events.retain(|event| event.source.namespace.as_deref() == Some(&lab.namespace()));
+        let shown: u64 = events.iter().map(|event| event.packets).sum();
+        if shown == sent {
+            break events;
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the stream shows {shown} of {sent}"
+        );
+        std::thread::sleep(POLL);
+    };
     events.sort_by_key(|event| event.time);
     let mut names: Vec<_> = events
         .iter()

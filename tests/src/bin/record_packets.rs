@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
-use whydrop::source::load::{self, Loaded};
+use whydrop::source::load::{self, Attach, Loaded};
 use whydrop::source::sys::{self, Plain};
 use whydrop_ebpf::{Control, DropEvent, SNAP_LEN};
 use whydrop_tests::agent::POLL;
@@ -80,7 +80,7 @@ fn main() -> Result<()> {
             .context("usage: record-packets DIRECTORY")?,
     );
     let lab = Lab::new()?;
-    let mut loaded = load::load(32 << 20, false)?;
+    let mut loaded = load::load(32 << 20, Attach::Auto, false)?;
     loaded.maps.control.set(
         0,
         Plain(Control {
