@@ -15,6 +15,7 @@ use whydrop::event::{Event, Line, LostStage};
 use whydrop::output::http::{self, OPENMETRICS};
 use whydrop::output::socket::LocalSocket;
 use whydrop::output::stream::MAX_READERS;
+use whydrop::record::{Detail, Record};
 use whydrop::state::State;
 
 /// Nothing here takes this long, on any machine.
@@ -35,7 +36,8 @@ impl Agent {
     }
 
     fn start_in(dir: tempfile::TempDir) -> Self {
-        let state = Arc::new(State::new("node-a".into()));
+        let record = Record::new(Detail::Pod, 100, DEADLINE);
+        let state = Arc::new(State::new("node-a".into(), record));
         let (stop, stopped) = watch::channel(false);
         let (ready, started) = std::sync::mpsc::channel();
         let path = dir.path().join("agent.sock");

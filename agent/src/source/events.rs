@@ -38,7 +38,7 @@ impl Events {
     }
 
     /// The next event, if there is one.
-    pub fn next(&mut self) -> Option<DropEvent> {
+    pub fn take(&mut self) -> Option<DropEvent> {
         while let Some(item) = self.ring.get_mut().next() {
             match sys::read::<DropEvent>(&item) {
                 Some(event) => return Some(event),
