@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -466,6 +467,9 @@ fn metrics_and_probes_are_on_tcp() {
         "{head}"
     );
     assert_eq!(status(&agent.scrape("/healthz").0), 200);
+    // Ready is who observes.
+    assert_eq!(status(&agent.scrape("/readyz").0), 503);
+    agent.state.observing.store(true, Ordering::Relaxed);
     assert_eq!(status(&agent.scrape("/readyz").0), 200);
     // The stream is not.
     assert_eq!(status(&agent.scrape("/v1/drops").0), 404);

@@ -19,8 +19,8 @@
 //!
 //! An agent sees the whole node, so also the drops of tests that run at the same time. Every lab
 //! therefore has addresses of its own, and what is checked is checked by pair. A test on node-wide
-//! sums stands in `tests/exact.rs`: cargo runs one test binary after the other, and that file takes
-//! the lab's lock for itself, so that no lab of another process runs meanwhile.
+//! sums stands in `tests/exact.rs` or `tests/limits.rs`: cargo runs one test binary after the other,
+//! and those files take the lab's lock for themselves, so that no other lab runs meanwhile.
 
 pub mod agent;
 pub mod bench;
