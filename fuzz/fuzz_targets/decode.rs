@@ -1,7 +1,7 @@
 //! Bytes of any shape must decode or be refused, and never panic: as a packet, as a DNS message, and
 //! as a whole event of the ring buffer.
 //!
-//! First inputs are the recorded events in `agent/src/decode/fixtures` (`fuzz/seeds/decode`).
+//! First inputs are the recorded events in `agent/src/decode/fixtures/events` (`fuzz/seeds/decode`).
 #![no_main]
 
 use std::collections::HashMap;

@@ -78,7 +78,8 @@ pub(super) fn all() -> Vec<Recorded> {
     let index: Index = serde_json::from_slice(&index).expect("the index is JSON");
     assert!(index.packets.len() > 100, "{} packets", index.packets.len());
     let read = |Entry { name, expected }| {
-        let bytes = std::fs::read(folder.join(format!("{name}.bin"))).expect("a recorded packet");
+        let bytes =
+            std::fs::read(folder.join(format!("events/{name}.bin"))).expect("a recorded packet");
         let event = event(&bytes);
         assert_eq!(
             bytes.len(),

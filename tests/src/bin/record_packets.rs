@@ -141,8 +141,11 @@ fn record(loaded: &mut Loaded, directory: &std::path::Path, sent: &Sent) -> Resu
                 continue;
             }
             let end = bytes.len() - SNAP_LEN + usize::from(event.snap_len);
-            std::fs::write(directory.join(format!("{}.bin", sent.name)), &bytes[..end])
-                .with_context(|| format!("write {}", sent.name))?;
+            std::fs::write(
+                directory.join(format!("events/{}.bin", sent.name)),
+                &bytes[..end],
+            )
+            .with_context(|| format!("write {}", sent.name))?;
             return Ok(json!({"name": sent.name, "expected": sent.expected}));
         }
         ensure!(Instant::now() < deadline, "no event of {} came", sent.name);
