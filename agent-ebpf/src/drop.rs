@@ -9,16 +9,16 @@ use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use aya_log_ebpf::debug;
 use whydrop_ebpf::{
     Control, Cpu, DropEvent, EVENTS_PER_DNS_FLOW, EVENTS_PER_FLOW, FLAG_LOCAL_DATAGRAM, FlowCount,
-    FlowKey, KIND_DNS, KIND_PACKET, MISSING, OverflowCount, OverflowKey, REASONS, SNAP_LEN,
-    TOLD_NAMED, TOLD_SEEN, UNTOLD,
+    FlowKey, KIND_DNS, KIND_PACKET, MISSING, OverflowCount, OverflowKey, Packet, PerCpu, REASONS, SNAP_LEN,
+    TOLD_NAMED, TOLD_SEEN, UNTOLD, Work,
 };
 
 use crate::access::{copy, field};
 use crate::conntrack;
 use crate::maps::{
-    BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, WORK, WORK_DROP, offset,
+    BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, offset,
 };
-use crate::packet::{self, Packet, TCP, UDP, Work};
+use crate::packet::{self, TCP, UDP};
 use crate::told;
 
 /// `tp_btf`: `skb`, `location`, and since 5.17 `reason`.
@@ -47,14 +47,10 @@ pub fn kfree_skb_raw(ctx: RawTracePointContext) -> i32 {
 
 #[inline(always)]
 unsafe fn count<C, const TYPED: bool>(ctx: &C, skb: *const u8, location: u64, reason: u32) {
-    let (Some(cpu), Some(control), Some(work)) = (
-        CPU.get_ptr_mut(0),
-        CONTROL.get_ptr(0),
-        WORK.get_ptr_mut(WORK_DROP),
-    ) else {
+    let (Some(own), Some(control)) = (CPU.get_ptr_mut(0), CONTROL.get_ptr(0)) else {
         return; // These elements always exist.
     };
-    let (cpu, control, work) = unsafe { (&mut *cpu, &*control, &mut *work) };
+    let (PerCpu { cpu, drop: work, .. }, control) = unsafe { (&mut *own, &*control) };
     cpu.drops += 1;
     if is_benign(reason) {
         if let Some(packets) = BENIGN_COUNT.get_ptr_mut(reason) {

@@ -182,6 +182,67 @@ pub struct Answer {
     pub destination: [u8; 16],
 }
 
+/// Enough for IPv6 (40) with TCP's flags (14), or IPv4 with 20 bytes of DNS over UDP.
+pub type Header = [u8; 64];
+
+/// What is being found out about one packet.
+///
+/// It lives in a per-CPU map, not on the stack: the verifier follows every constant on the stack
+/// along every path through the headers and gives up, but forgets what is written to a map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Work {
+    /// What the packet is counted by.
+    pub key: FlowKey,
+    /// What is known beside it.
+    pub packet: Packet,
+    /// Where its bytes are.
+    pub buffer: Buffer,
+    /// The header at hand.
+    pub header: Header,
+    /// An offset on its way to being forgotten by the verifier.
+    pub offset: u32,
+    /// The program runs on this CPU. From 6.1 on the kernel itself keeps a program from
+    /// interrupting itself.
+    pub busy: u32,
+}
+
+/// What is known of a packet beside its key.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Packet {
+    /// Address of the outermost IP header; 0 if there is none.
+    pub address: u64,
+    /// Linear bytes from there.
+    pub len: u32,
+    /// Host order.
+    pub source_port: u16,
+    /// `skb->protocol`, host order.
+    pub ethertype: u16,
+    /// The TCP header's 14th byte.
+    pub tcp_flags: u8,
+    /// 1 for a RST or an ICMP error: nobody is told of its loss.
+    pub is_answer: u8,
+    /// Zero.
+    pub pad: [u8; 6],
+}
+
+/// Where an `sk_buff` keeps its linear bytes; offsets count from `head`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Buffer {
+    /// Where its memory begins.
+    pub head: u64,
+    /// Where its bytes end.
+    pub tail: u32,
+    /// Where they begin, for the layer that is at work.
+    pub data: u32,
+    /// The MAC header, 0xffff if it is not set.
+    pub mac: u32,
+    /// `skb->protocol`, host order.
+    pub ethertype: u32,
+}
+
 /// What each CPU keeps for itself; counts only ever grow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -216,8 +277,22 @@ pub struct Cpu {
     pub missed: u64,
     /// A pointer on its way to being a number.
     pub scratch: u64,
+    /// One bit for each of `answers` that is set.
+    pub answers_waiting: u64,
     /// Answers that wait for their drop.
     pub answers: [Answer; ANSWER_SLOTS],
+}
+
+/// All that a CPU has: one value, because each look-up costs a nanosecond or two.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PerCpu {
+    /// Its counts, and the answers that wait.
+    pub cpu: Cpu,
+    /// The packet that is being dropped.
+    pub drop: Work,
+    /// The packet that is being sent; its program can interrupt the other.
+    pub sent: Work,
 }
 
 /// Offsets of kernel fields in bytes, from the running kernel's BTF; [`MISSING`] if it has none.
@@ -329,5 +404,7 @@ const _: () = assert!(size_of::<OverflowCount>() == 16);
 const _: () = assert!(size_of::<DropEvent>() == 80 + 8 + 8 + 8 + 16 + SNAP_LEN);
 const _: () = assert!(size_of::<Control>() == 16);
 const _: () = assert!(size_of::<Answer>() == 56);
-const _: () = assert!(size_of::<Cpu>() == 15 * 8 + ANSWER_SLOTS * 56);
+const _: () = assert!(size_of::<Work>() == 80 + 24 + 24 + 64 + 8);
+const _: () = assert!(size_of::<Cpu>() == 16 * 8 + ANSWER_SLOTS * 56);
+const _: () = assert!(size_of::<PerCpu>() == size_of::<Cpu>() + 2 * 200);
 const _: () = assert!(size_of::<TupleHash>() == 56);

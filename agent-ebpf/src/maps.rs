@@ -3,10 +3,8 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, PerCpuArray, PerCpuHashMap, RingBuf};
 use whydrop_ebpf::{
-    Control, Cpu, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS,
+    Control, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, PerCpu, REASONS,
 };
-
-use crate::packet::Work;
 
 /// Set by the loader from the running kernel's BTF.
 #[unsafe(no_mangle)]
@@ -52,16 +50,7 @@ pub static BENIGN_COUNT: PerCpuArray<u64> = PerCpuArray::with_max_entries(REASON
 
 /// What each CPU keeps for itself.
 #[map]
-pub static CPU: PerCpuArray<Cpu> = PerCpuArray::with_max_entries(1, 0);
-
-/// Room for the packet at hand: [0] of the drop programs, [1] of those at `net_dev_queue`, which can
-/// interrupt one another.
-#[map]
-pub static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(2, 0);
-/// The drop programs' element.
-pub const WORK_DROP: u32 = 0;
-/// The element at `net_dev_queue`.
-pub const WORK_SENT: u32 = 1;
+pub static CPU: PerCpuArray<PerCpu> = PerCpuArray::with_max_entries(1, 0);
 
 /// Detail of drops on its way to the agent. Its size is set by the loader.
 #[map]

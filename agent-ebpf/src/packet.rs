@@ -3,7 +3,9 @@
 //! The path of an ordinary packet (a valid network header, no options, no extension headers, no
 //! tunnel) costs one read of 64 bytes. Everything else is in functions of its own.
 
-use whydrop_ebpf::{FLAG_ENCAPSULATED, FLAG_FRAGMENT, FlowKey, KIND_DNS, KIND_PACKET, KIND_SYN};
+use whydrop_ebpf::{
+    Buffer, FLAG_ENCAPSULATED, FLAG_FRAGMENT, FlowKey, Header, KIND_DNS, KIND_PACKET, KIND_SYN, Packet, Work,
+};
 
 use crate::access::{copy, field};
 use crate::maps::offset;
@@ -34,53 +36,6 @@ const PORT_VXLAN: u16 = 4789;
 /// What Linux used before IANA's, and what flannel and Cilium still use.
 const PORT_VXLAN_LINUX: u16 = 8472;
 const PORT_GENEVE: u16 = 6081;
-
-/// Enough for IPv6 (40) with TCP's flags (14), or IPv4 with 20 bytes of DNS over UDP.
-pub type Header = [u8; 64];
-
-/// Where an `sk_buff` keeps its linear bytes; offsets count from `head`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct Buffer {
-    head: u64,
-    tail: u32,
-    data: u32,
-    mac: u32,
-    ethertype: u32,
-}
-
-/// What is being found out about one packet.
-///
-/// It lives in a per-CPU map, not on the stack: the verifier follows every constant on the stack
-/// along every path through the headers and gives up, but forgets what is written to a map.
-#[repr(C)]
-pub struct Work {
-    /// What the packet is counted by.
-    pub key: FlowKey,
-    pub packet: Packet,
-    buffer: Buffer,
-    header: Header,
-    /// See [`forget`].
-    offset: u32,
-    /// The program runs on this CPU. From 6.1 on the kernel itself keeps a program from
-    /// interrupting itself.
-    pub busy: u64,
-}
-
-/// What is known of a packet beside its key.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub struct Packet {
-    /// Address of the outermost IP header; 0 if there is none.
-    pub address: u64,
-    /// Linear bytes from there.
-    pub len: u32,
-    pub source_port: u16,
-    pub ethertype: u16,
-    pub tcp_flags: u8,
-    /// 1 for a RST or an ICMP error: nobody is told of its loss.
-    pub is_answer: u8,
-}
 
 /// Finds the headers of `skb` and fills in addresses, protocol, port, kind and flags. `work.key` was
 /// cleared before.

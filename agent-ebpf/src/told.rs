@@ -15,13 +15,13 @@ use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::maps::PerCpuHashMap;
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use whydrop_ebpf::{
-    ANSWER_SLOTS, Answer, Cpu, FLAG_ENCAPSULATED, FlowCount, FlowKey, KIND_ANSWER, TOLD_NAMED,
+    ANSWER_SLOTS, Cpu, FLAG_ENCAPSULATED, FlowCount, FlowKey, KIND_ANSWER, PerCpu, TOLD_NAMED,
     TOLD_SEEN, UNTOLD,
 };
 
 use crate::access::field;
 use crate::conntrack;
-use crate::maps::{CONTROL, CPU, FLOWS_0, FLOWS_1, WORK, WORK_SENT, offset};
+use crate::maps::{CONTROL, CPU, FLOWS_0, FLOWS_1, offset};
 use crate::packet;
 
 /// An answer is older than its drop by microseconds, more only if the sender's task was preempted
@@ -70,8 +70,8 @@ pub fn neigh_wait_raw(_ctx: RawTracePointContext) -> i32 {
 
 #[inline(always)]
 fn neighbour_waits() -> i32 {
-    if let Some(cpu) = CPU.get_ptr_mut(0) {
-        unsafe { (*cpu).neighbour_waits += 1 };
+    if let Some(own) = CPU.get_ptr_mut(0) {
+        unsafe { (*own).cpu.neighbour_waits += 1 };
     }
     0
 }
@@ -80,11 +80,13 @@ fn neighbour_waits() -> i32 {
 #[inline(always)]
 fn named(skb: *const u8, icmp_type: i32) {
     if matches!(icmp_type, 3 | 11 | 12)
-        && let Some(cpu) = CPU.get_ptr_mut(0)
+        && let Some(own) = CPU.get_ptr_mut(0)
     {
-        let cpu = unsafe { &mut *cpu };
+        let cpu = unsafe { &mut (*own).cpu };
         let skb = address(cpu, skb);
-        let slot = &mut cpu.answers[slot_of(skb)];
+        let slot = slot_of(skb);
+        cpu.answers_waiting |= 1 << slot;
+        let slot = &mut cpu.answers[slot];
         slot.skb = skb;
         slot.nfct = 0;
         slot.mono_ns = unsafe { bpf_ktime_get_ns() };
@@ -114,14 +116,10 @@ unsafe fn sent<const TYPED: bool>(skb: *const u8) {
 /// Parses a packet that may be an answer, and notes which one it answers.
 #[inline(always)]
 unsafe fn answer<const TYPED: bool>(skb: *const u8) {
-    let (Some(cpu), Some(control), Some(work)) = (
-        CPU.get_ptr_mut(0),
-        CONTROL.get_ptr(0),
-        WORK.get_ptr_mut(WORK_SENT),
-    ) else {
+    let (Some(own), Some(control)) = (CPU.get_ptr_mut(0), CONTROL.get_ptr(0)) else {
         return; // These elements always exist.
     };
-    let (cpu, control, work) = unsafe { (&mut *cpu, &*control, &mut *work) };
+    let (PerCpu { cpu, sent: work, .. }, control) = unsafe { (&mut *own, &*control) };
     work.key = FlowKey::default();
     unsafe { packet::read::<TYPED>(skb, work) };
     if work.packet.is_answer == 0 || work.key.flags & FLAG_ENCAPSULATED != 0 {
@@ -138,7 +136,9 @@ unsafe fn answer<const TYPED: bool>(skb: *const u8) {
     key.kind = KIND_ANSWER;
     key.flags = 0;
     let nfct = conntrack::entry(unsafe { conntrack::nfct::<TYPED>(skb) });
-    let slot = &mut cpu.answers[slot_of(if nfct != 0 { nfct } else { fold(key) })];
+    let slot = slot_of(if nfct != 0 { nfct } else { fold(key) });
+    cpu.answers_waiting |= 1 << slot;
+    let slot = &mut cpu.answers[slot];
     slot.skb = 0;
     slot.nfct = nfct;
     slot.source = key.source;
@@ -192,25 +192,31 @@ fn add(flows: &PerCpuHashMap<FlowKey, FlowCount>, key: &FlowKey) -> bool {
 /// Whether the packet that is freed now was answered on this CPU just before.
 #[inline(always)]
 pub fn was_told(cpu: &mut Cpu, skb: *const u8, nfct: u64, key: &FlowKey) -> u8 {
+    // Nearly always: nothing on this node is refused at this moment.
+    if cpu.answers_waiting == 0 {
+        return UNTOLD;
+    }
     let skb = address(cpu, skb);
-    let slot = &mut cpu.answers[slot_of(skb)];
-    if slot.mono_ns != 0 && slot.skb == skb {
-        return if take(slot) { TOLD_NAMED } else { UNTOLD };
+    let slot = slot_of(skb);
+    if cpu.answers_waiting & (1 << slot) != 0 && cpu.answers[slot].skb == skb {
+        return if take(cpu, slot) { TOLD_NAMED } else { UNTOLD };
     }
-    let slot = &mut cpu.answers[slot_of(if nfct != 0 { nfct } else { fold(key) })];
-    if slot.mono_ns == 0 || slot.skb != 0 || slot.nfct != nfct {
+    let slot = slot_of(if nfct != 0 { nfct } else { fold(key) });
+    let answer = &cpu.answers[slot];
+    if cpu.answers_waiting & (1 << slot) == 0 || answer.skb != 0 || answer.nfct != nfct {
         return UNTOLD;
     }
-    if nfct == 0 && (slot.source != key.source || slot.destination != key.destination) {
+    if nfct == 0 && (answer.source != key.source || answer.destination != key.destination) {
         return UNTOLD;
     }
-    if take(slot) { TOLD_SEEN } else { UNTOLD }
+    if take(cpu, slot) { TOLD_SEEN } else { UNTOLD }
 }
 
-#[inline(never)]
-fn take(slot: &mut Answer) -> bool {
-    let age_ns = unsafe { bpf_ktime_get_ns() } - slot.mono_ns;
-    slot.mono_ns = 0;
+/// Empties a slot; whether its answer was young enough.
+#[inline(always)]
+fn take(cpu: &mut Cpu, slot: usize) -> bool {
+    cpu.answers_waiting &= !(1 << slot);
+    let age_ns = unsafe { bpf_ktime_get_ns() } - cpu.answers[slot].mono_ns;
     age_ns < ANSWER_MAX_AGE_NS
 }
 

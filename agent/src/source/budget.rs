@@ -2,7 +2,7 @@
 //! follow from a budget and the number of CPUs, never from a constant.
 
 use anyhow::{Result, bail};
-use whydrop_ebpf::{Cpu, FlowCount, FlowKey, OverflowCount, OverflowKey, REASONS};
+use whydrop_ebpf::{FlowCount, FlowKey, OverflowCount, OverflowKey, PerCpu, REASONS};
 
 /// Places in the kernel that free packets, times their reasons, protocols and kinds.
 pub const OVERFLOW_ENTRIES: u32 = 1024;
@@ -71,15 +71,15 @@ impl Budget {
         hash_bytes::<OverflowKey, OverflowCount>(OVERFLOW_ENTRIES, cpus)
             + per_cpu(REASONS * 8)
             + (REASONS * 8) as u64
-            + per_cpu(size_of::<Cpu>())
+            + per_cpu(size_of::<PerCpu>())
             // Control, read-only data, and the log's ring at its smallest: a few pages each.
             + 16 * PAGE_BYTES
     }
 
-    /// How many events one CPU may send in a generation of 100 ms: together 20,000 a second, which
-    /// one core decodes and names in a fraction of its time; never fewer than 10.
+    /// How many events one CPU may send in a generation of 100 ms: together 5,000 a second, more
+    /// than anyone reads, and a hundredth of what a drop costs in a flood; never fewer than 10.
     pub fn events_per_cpu(&self) -> u64 {
-        (2_000 / self.cpus.max(1) as u64).max(10)
+        (500 / self.cpus.max(1) as u64).max(10)
     }
 }
 

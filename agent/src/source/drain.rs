@@ -11,7 +11,7 @@ use std::time::Duration;
 use aya::maps::PerCpuValues;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot};
-use whydrop_ebpf::{Control, Cpu, FlowCount, FlowKey, OverflowCount, OverflowKey};
+use whydrop_ebpf::{Control, Cpu, FlowCount, FlowKey, OverflowCount, OverflowKey, PerCpu};
 
 use super::load::{self, Maps};
 use super::sys::{self, Plain};
@@ -206,14 +206,14 @@ impl State {
 
     fn cpu(&self) -> Cpu {
         let mut sum = Cpu::default();
-        let values: PerCpuValues<Plain<Cpu>> = match self.maps.cpu.get(&0, 0) {
+        let values: PerCpuValues<Plain<PerCpu>> = match self.maps.cpu.get(&0, 0) {
             Ok(values) => values,
             Err(error) => {
                 tracing::debug!(%error, "cannot read the CPUs' counts");
                 return sum;
             }
         };
-        for Plain(cpu) in values.iter() {
+        for Plain(PerCpu { cpu, .. }) in values.iter() {
             sum.drops += cpu.drops;
             sum.counted += cpu.counted;
             sum.overflow += cpu.overflow;

@@ -10,7 +10,7 @@ use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
 use aya::programs::{BtfTracePoint, Program, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
 use whydrop_ebpf::{
-    Control, Cpu, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS,
+    Control, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, PerCpu, REASONS,
 };
 
 use super::btf::{self, KernelTypes};
@@ -98,7 +98,7 @@ pub struct Maps {
     /// Packets by benign reason.
     pub benign: PerCpuArray<MapData, u64>,
     /// Each CPU's own counts.
-    pub cpu: PerCpuArray<MapData, Plain<Cpu>>,
+    pub cpu: PerCpuArray<MapData, Plain<PerCpu>>,
 }
 
 /// What stays open as long as the agent observes; dropping it detaches everything.

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use whydrop_ebpf::{
-    Control, Cpu, DropEvent, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS,
+    Control, DropEvent, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, PerCpu, REASONS,
 };
 
 /// A type that the kernel's bytes can be read as.
@@ -21,7 +21,7 @@ pub struct Plain<T>(pub T);
 // asserted in whydrop-ebpf), so any bytes are a value.
 unsafe impl aya::Pod for Plain<Control> {}
 // SAFETY: as above.
-unsafe impl aya::Pod for Plain<Cpu> {}
+unsafe impl aya::Pod for Plain<PerCpu> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Plain<DropEvent> {}
 // SAFETY: as above.

@@ -178,7 +178,7 @@ impl Bpftrace {
         // have room, as those of everyone else.
         let child = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "sh", "-c"])
-            .arg("mount -t tracefs none /sys/kernel/tracing && exec bpftrace -e \"$0\"")
+            .arg("[ -d /sys/kernel/tracing/events ] || mount -t tracefs none /sys/kernel/tracing && exec bpftrace -e \"$0\"")
             .arg(&script)
             .env("BPFTRACE_MAP_KEYS_MAX", "20000")
             .stdin(Stdio::null())
