@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use whydrop::cli::config::Command;
-use whydrop::cli::{agent, check, config, status, tail, telemetry};
+use whydrop::cli::{agent, check, config, sentence, status, tail, telemetry};
 
 fn main() -> ExitCode {
     let cli = match config::parse(std::env::args_os()) {
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("whydrop: {error:#}");
+        eprintln!("whydrop: {}", sentence(&error));
         ExitCode::FAILURE
     })
 }

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -15,6 +16,7 @@ use whydrop::event::{Event, Line, LostStage};
 use whydrop::output::http::{self, OPENMETRICS};
 use whydrop::output::socket::LocalSocket;
 use whydrop::output::stream::MAX_READERS;
+use whydrop::record::{Detail, Record};
 use whydrop::state::State;
 
 /// Nothing here takes this long, on any machine.
@@ -35,7 +37,8 @@ impl Agent {
     }
 
     fn start_in(dir: tempfile::TempDir) -> Self {
-        let state = Arc::new(State::new("node-a".into()));
+        let record = Record::new(Detail::Pod, 100, DEADLINE);
+        let state = Arc::new(State::new("node-a".into(), record));
         let (stop, stopped) = watch::channel(false);
         let (ready, started) = std::sync::mpsc::channel();
         let path = dir.path().join("agent.sock");
@@ -464,6 +467,9 @@ fn metrics_and_probes_are_on_tcp() {
         "{head}"
     );
     assert_eq!(status(&agent.scrape("/healthz").0), 200);
+    // Ready is who observes.
+    assert_eq!(status(&agent.scrape("/readyz").0), 503);
+    agent.state.observing.store(true, Ordering::Relaxed);
     assert_eq!(status(&agent.scrape("/readyz").0), 200);
     // The stream is not.
     assert_eq!(status(&agent.scrape("/v1/drops").0), 404);

@@ -70,7 +70,21 @@ impl Agent {
     /// # Errors
     /// As [`Agent::start`].
     pub fn start_with(node: &str, objects: &Value, arguments: &[&str]) -> Result<Self> {
-        let agent = Self::start_unfollowed(node, objects, arguments)?;
+        Self::start_by(&[], node, objects, arguments)
+    }
+
+    /// As [`Agent::start_with`], through a command that changes what the process may do and then
+    /// becomes the agent, as `setpriv` does.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub fn start_by(
+        wrapper: &[&str],
+        node: &str,
+        objects: &Value,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let agent = Self::spawn(directory(objects)?, wrapper, node, arguments)?;
         agent.follow()?;
         Ok(agent)
     }
@@ -80,19 +94,44 @@ impl Agent {
     /// # Errors
     /// As [`Agent::start`].
     pub fn start_unfollowed(node: &str, objects: &Value, arguments: &[&str]) -> Result<Self> {
-        let directory = tempfile::Builder::new()
-            .prefix("whydrop-lab-")
-            .tempdir()
-            .context("make a temporary directory")?;
+        Self::spawn(directory(objects)?, &[], node, arguments)
+    }
+
+    /// Starts an agent where this one was: the same objects and the same socket.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub fn start_again(mut self, node: &str) -> Result<Self> {
+        let empty = tempfile::tempdir().context("make a temporary directory")?;
+        let directory = std::mem::replace(&mut self.directory, empty);
+        drop(self);
+        let agent = Self::spawn(directory, &[], node, &[])?;
+        agent.follow()?;
+        Ok(agent)
+    }
+
+    fn spawn(
+        directory: tempfile::TempDir,
+        wrapper: &[&str],
+        node: &str,
+        arguments: &[&str],
+    ) -> Result<Self> {
         let path = |name: &str| directory.path().join(name);
-        fs::write(path("objects.yaml"), serde_json::to_string_pretty(objects)?)
-            .context("write the objects")?;
         // Free a moment ago; whoever takes it in between makes the start fail, loudly.
         let listen = TcpListener::bind(("127.0.0.1", 0))
             .and_then(|listener| listener.local_addr())
             .context("find a free port on 127.0.0.1: is the loopback device up?")?;
         let log = File::create(path("log")).context("create the agent's log")?;
-        let child = Command::new(binary()?)
+        let binary = binary()?;
+        let mut command = match wrapper.split_first() {
+            None => Command::new(&binary),
+            Some((program, rest)) => {
+                let mut command = Command::new(program);
+                command.args(rest).arg(&binary);
+                command
+            }
+        };
+        let child = command
             .args(["agent", "--cluster", "none", "--node-name", node])
             .args(["--listen", &listen.to_string()])
             .arg("--objects")
@@ -118,6 +157,15 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Kills the agent, which cannot clean up, and waits for its end.
+    ///
+    /// # Errors
+    /// It cannot be killed.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("kill the agent")?;
+        self.child.wait().context("wait for the agent").map(drop)
+    }
+
     fn wait_ready(&mut self) -> Result<()> {
         let deadline = Instant::now() + START;
         loop {
@@ -136,8 +184,11 @@ impl Agent {
         }
     }
 
-    /// Reads the stream of events on a thread that ends with the agent.
-    fn follow(&self) -> Result<()> {
+    /// A new reader of the stream of events, at its first line. It reads when its owner does.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn reader(&self) -> Result<BufReader<UnixStream>> {
         let mut stream = UnixStream::connect(&self.socket)
             .with_context(|| format!("connect to {}", self.socket.display()))?;
         // HTTP/1.0: the body is the rest of the stream, not chunks.
@@ -152,6 +203,12 @@ impl Agent {
         while reader.read_line(&mut header)? > 2 {
             header.clear();
         }
+        Ok(reader)
+    }
+
+    /// Reads the stream of events on a thread that ends with the agent.
+    fn follow(&self) -> Result<()> {
+        let reader = self.reader()?;
         let lines = Arc::clone(&self.lines);
         std::thread::spawn(move || {
             for text in reader.lines() {
@@ -248,12 +305,25 @@ impl Agent {
     ///
     /// # Errors
     /// It is still there after [`STOP`].
-    pub fn stop_by(mut self, signal: Signal) -> Result<ExitStatus> {
+    pub fn stop_by(self, signal: Signal) -> Result<ExitStatus> {
+        self.stop_by_and(signal, || Ok(()))
+    }
+
+    /// As [`Agent::stop_by`], and looks at what it left before its directory is removed.
+    ///
+    /// # Errors
+    /// It is still there after [`STOP`], or `look` fails.
+    pub fn stop_by_and(
+        mut self,
+        signal: Signal,
+        look: impl FnOnce() -> Result<()>,
+    ) -> Result<ExitStatus> {
         kill(Pid::from_raw(self.child.id().try_into()?), signal)
             .with_context(|| format!("send {signal} to the agent"))?;
         let deadline = Instant::now() + STOP;
         loop {
             if let Some(status) = self.child.try_wait()? {
+                look()?;
                 return Ok(status);
             }
             ensure!(
@@ -276,6 +346,17 @@ impl Drop for Agent {
             eprintln!("the agent's log:\n{}", self.log());
         }
     }
+}
+
+/// A temporary directory with the objects in a file.
+fn directory(objects: &Value) -> Result<tempfile::TempDir> {
+    let directory = tempfile::Builder::new()
+        .prefix("whydrop-lab-")
+        .tempdir()
+        .context("make a temporary directory")?;
+    let text = serde_json::to_string_pretty(objects)?;
+    fs::write(directory.path().join("objects.yaml"), text).context("write the objects")?;
+    Ok(directory)
 }
 
 /// The `whydrop` binary: `$WHYDROP_BIN`, else the one that cargo built beside this test.

@@ -10,6 +10,7 @@
 //! | [`traffic`] | connects, bursts and raw packets, sent from inside a namespace |
 //! | [`bystander`] | allowed traffic of the second pair, which must never be blamed |
 //! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
+//! | [`kernel`] | the programs and maps that a process has in the kernel |
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
 //! | [`agent`] | the agent as a process: start, scrape, read events, stop |
 //! | [`scene`] | a lab with a dropper, an agent and a bystander: what nearly every test needs |
@@ -18,14 +19,15 @@
 //!
 //! An agent sees the whole node, so also the drops of tests that run at the same time. Every lab
 //! therefore has addresses of its own, and what is checked is checked by pair. A test on node-wide
-//! sums stands in `tests/exact.rs`: cargo runs one test binary after the other, and that file takes
-//! the lab's lock for itself, so that no lab of another process runs meanwhile.
+//! sums stands in `tests/exact.rs` or `tests/limits.rs`: cargo runs one test binary after the other,
+//! and those files take the lab's lock for themselves, so that no other lab runs meanwhile.
 
 pub mod agent;
 pub mod bench;
 pub mod bystander;
 pub mod counters;
 pub mod expect;
+pub mod kernel;
 pub mod lab;
 pub mod objects;
 pub mod packet;

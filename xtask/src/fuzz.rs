@@ -43,13 +43,20 @@ fn targets(seconds: u32, profile: &[&str]) -> Result<()> {
     }
     names.sort();
     for name in names {
+        // What is found goes into the corpus, the seeds are only read. The corpus is made first,
+        // because libFuzzer writes into the first folder that it is given.
+        let corpus = root().join("fuzz/corpus").join(&name);
+        fs::create_dir_all(&corpus).with_context(|| format!("making {}", corpus.display()))?;
+        let seeds = root().join("fuzz/seeds").join(&name);
         execute(
             // What is fuzzed is safe code: a panic is what to look for, and without a sanitizer no
             // nightly compiler is needed.
             command("cargo")
                 .args(["fuzz", "run", "--sanitizer=none", "--features=libfuzzer"])
                 .args(profile)
-                .arg(name)
+                .arg(&name)
+                .arg(&corpus)
+                .args(seeds.is_dir().then_some(&seeds))
                 .args(["--", "-timeout=5", &format!("-max_total_time={seconds}")]),
         )?;
     }

@@ -263,7 +263,7 @@ impl Observer {
     fn read_events(&mut self, at_most: usize) {
         let clock = WallClock::now();
         for _ in 0..at_most {
-            let Some(event) = self.events.next() else {
+            let Some(event) = self.events.take() else {
                 break;
             };
             self.pipeline.event(&event, |boot_ns| clock.at(boot_ns));

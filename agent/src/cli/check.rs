@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::cli::config::{CheckArgs, ReportOutput};
+use crate::cli::sentence;
 use crate::source::load::{self, Attach, DROPS, SourceStatus};
 use crate::source::symbols::Locator;
 
@@ -21,7 +22,7 @@ const MAP_MEMORY_BYTES: u64 = 4 << 20;
 pub fn run(args: CheckArgs) -> Result<ExitCode> {
     let (sources, problem) = match load::load(MAP_MEMORY_BYTES, Attach::Auto, false) {
         Ok(loaded) => (loaded.sources.clone(), None),
-        Err(error) => (Vec::new(), Some(format!("{error:#}"))),
+        Err(error) => (Vec::new(), Some(sentence(&error))),
     };
     let mut sources = sources;
     sources.push(Locator::new().status());

@@ -20,3 +20,37 @@ pub mod status;
 pub mod tail;
 pub mod telemetry;
 pub mod units;
+
+/// An error with its causes as one sentence. Many errors repeat their cause's text in their own, so
+/// what was said already is left out.
+pub fn sentence(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.contains(&cause) {
+            continue;
+        }
+        if !text.is_empty() {
+            text.push_str(": ");
+        }
+        text.push_str(&cause);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let inner = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let text = inner.to_string();
+        let error = anyhow::Error::new(inner).context(format!("cannot read x: {text}; look for it"));
+        assert_eq!(sentence(&error), format!("cannot read x: {text}; look for it"));
+        let error: anyhow::Result<()> = Err(anyhow::anyhow!("the cause"));
+        let error = error.context("what failed").expect_err("an error");
+        assert_eq!(sentence(&error), "what failed: the cause");
+    }
+}

@@ -255,6 +255,9 @@ pub fn flow(key: &FlowKey) -> Option<Flow> {
 }
 
 #[cfg(test)]
+mod recorded_tests;
+
+#[cfg(test)]
 mod tests {
     use whydrop_ebpf::{KIND_PACKET, SNAP_LEN, TOLD};
 

@@ -6,13 +6,16 @@
 
 use std::net::IpAddr;
 
-use etherparse::{Ipv6ExtensionSlice, LaxIpSlice};
+use etherparse::{Ipv4HeaderSlice, Ipv6HeaderSlice};
 
 use super::dns;
 use crate::event::{DnsQuestion, Protocol};
 
 /// One inside the other: as many tunnels as the programs follow.
 const TUNNELS: usize = 2;
+/// RFC 8200 allows each extension header once and destination options twice; the programs follow as
+/// many.
+const EXTENSIONS: usize = 8;
 const PORT_DNS: u16 = 53;
 
 /// The innermost flow of a packet.
@@ -68,29 +71,103 @@ pub fn parse(bytes: &[u8]) -> Option<Packet> {
 
 /// The packet at `bytes`, and what follows its IP headers.
 fn ip(bytes: &[u8]) -> Option<(Packet, &[u8])> {
-    let (slice, _) = LaxIpSlice::from_slice(bytes).ok()?;
-    let payload = slice.payload().payload;
-    let fragment = match &slice {
-        LaxIpSlice::Ipv4(v4) => v4.header().fragments_offset().value() != 0,
-        LaxIpSlice::Ipv6(v6) => v6.extensions().clone().into_iter().any(|extension| {
-            matches!(extension, Ipv6ExtensionSlice::Fragment(f) if f.fragment_offset().value() != 0)
-        }),
+    let (source, destination, headers) = match bytes.first()? >> 4 {
+        4 => {
+            let header = Ipv4HeaderSlice::from_slice(bytes).ok()?;
+            let headers = Headers {
+                protocol: header.protocol().0,
+                fragment: header.fragments_offset().value() != 0,
+                payload: up_to(bytes, header.slice().len(), header.total_len().into()),
+            };
+            (
+                header.source_addr().into(),
+                header.destination_addr().into(),
+                headers,
+            )
+        }
+        6 => {
+            let header = Ipv6HeaderSlice::from_slice(bytes).ok()?;
+            let start = header.slice().len();
+            let payload = match usize::from(header.payload_length()) {
+                // A jumbogram (RFC 2675), as segmentation offload makes them.
+                0 => bytes.get(start..).unwrap_or_default(),
+                length => up_to(bytes, start, start + length),
+            };
+            let headers = behind_extensions(header.next_header().0, payload);
+            (
+                header.source_addr().into(),
+                header.destination_addr().into(),
+                headers,
+            )
+        }
+        _ => return None,
     };
     let mut packet = Packet {
-        source: slice.source_addr(),
-        destination: slice.destination_addr(),
-        protocol: Protocol(slice.payload_ip_number().0),
+        source,
+        destination,
+        protocol: Protocol(headers.protocol),
         ports: None,
         tcp_flags: None,
         icmp: None,
         encapsulated: false,
-        fragment,
+        fragment: headers.fragment,
         dns: None,
     };
-    if !fragment {
-        transport(&mut packet, payload);
+    if !packet.fragment {
+        transport(&mut packet, headers.payload);
     }
-    Some((packet, payload))
+    Some((packet, headers.payload))
+}
+
+/// What is behind an IP header.
+struct Headers<'a> {
+    protocol: u8,
+    fragment: bool,
+    payload: &'a [u8],
+}
+
+/// The bytes from `start` to `end`, or to where the packet was cut. An end before the start is no
+/// length: segmentation offload has 0.
+fn up_to(bytes: &[u8], start: usize, end: usize) -> &[u8] {
+    let end = if end < start {
+        bytes.len()
+    } else {
+        end.min(bytes.len())
+    };
+    bytes.get(start..end).unwrap_or_default()
+}
+
+/// Walks over IPv6 extension headers (RFC 8200, section 4), in whatever order they come: for loss
+/// it does not matter whether the order was right. etherparse's walk (0.21) reads past the end of a
+/// header that was cut.
+fn behind_extensions(mut next: u8, mut payload: &[u8]) -> Headers<'_> {
+    for _ in 0..EXTENSIONS {
+        let [following, length, high, low, _, _, _, _, ..] = *payload else {
+            break;
+        };
+        let bytes = match next {
+            // Hop-by-hop options, routing, destination options, mobility (RFC 6275).
+            0 | 43 | 60 | 135 => (usize::from(length) + 1) * 8,
+            44 if u16::from_be_bytes([high, low]) >> 3 != 0 => {
+                return Headers {
+                    protocol: following,
+                    fragment: true,
+                    payload: &payload[8..],
+                };
+            }
+            44 => 8,
+            // The authentication header counts in units of four (RFC 4302, section 2.2).
+            51 => (usize::from(length) + 2) * 4,
+            _ => break,
+        };
+        next = following;
+        payload = payload.get(bytes..).unwrap_or_default();
+    }
+    Headers {
+        protocol: next,
+        fragment: false,
+        payload,
+    }
 }
 
 fn transport(packet: &mut Packet, payload: &[u8]) {
@@ -170,4 +247,4 @@ fn be16(bytes: &[u8], at: usize) -> Option<u16> {
 
 #[cfg(test)]
 #[path = "packet_tests.rs"]
-mod tests;
+pub(super) mod tests;

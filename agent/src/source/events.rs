@@ -50,7 +50,7 @@ impl Events {
     }
 
     /// The next event, if there is one.
-    pub fn next(&mut self) -> Option<DropEvent> {
+    pub fn take(&mut self) -> Option<DropEvent> {
         while let Some(item) = self.ring.get_mut().next() {
             match sys::read::<DropEvent>(&item) {
                 Some(event) => return Some(event),
@@ -113,5 +113,34 @@ mod tests {
             1_000_000_000
         );
         assert!(clock.at(0) < clock.now);
+    }
+
+    /// The clock is set between two batches: each batch is right by the clock of its own moment,
+    /// and what happened between two events stays as long as it was.
+    #[test]
+    fn a_clock_that_is_set_is_right_from_then_on() {
+        let before = WallClock::now();
+        for hours in [-24 * 365 * 30, -1, 1, 24 * 365 * 30] {
+            let step = SignedDuration::from_hours(hours);
+            let after = WallClock { now: before.now + step, ..before };
+            let event = before.boot_ns - 5_000_000;
+            assert_eq!(before.at(event) + step, after.at(event), "{hours} h");
+            let later = after.at(event + 1_000).as_nanosecond() - after.at(event).as_nanosecond();
+            assert_eq!(later, 1_000, "{hours} h");
+        }
+    }
+
+    /// An event of a moment after the clocks were read, and times that no time of day has.
+    #[test]
+    fn no_boot_time_is_too_far() {
+        let clock = WallClock::now();
+        assert!(clock.at(clock.boot_ns + 1) > clock.now);
+        assert!(clock.at(u64::MAX) > clock.now);
+        for now in [Timestamp::MIN, Timestamp::MAX] {
+            let clock = WallClock { now, boot_ns: u64::MAX / 2 };
+            for boot_ns in [0, u64::MAX / 2, u64::MAX] {
+                let _ = clock.at(boot_ns);
+            }
+        }
     }
 }
