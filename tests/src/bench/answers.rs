@@ -68,7 +68,9 @@ pub fn latency(report: &mut Report) -> Result<()> {
 fn drops(lab: &Lab, lines: &Receiver<(Instant, String)>) -> Result<(Vec<f64>, u64)> {
     let server = lab.address(Place::Of(Host::Server), Family::V4);
     let socket = lab
-        .within(Host::Client, || UdpSocket::bind((lab.address(Place::Of(Host::Client), Family::V4), 0)))
+        .within(Host::Client, || {
+            UdpSocket::bind((lab.address(Place::Of(Host::Client), Family::V4), 0))
+        })
         .context("bind a UDP socket")?;
     // Which drop a line is about: the destination port tells.
     let port = |line: &str| match serde_json::from_str(line) {
@@ -80,10 +82,16 @@ fn drops(lab: &Lab, lines: &Receiver<(Instant, String)>) -> Result<(Vec<f64>, u6
     let first = SocketAddr::new(server, FIRST_PORT + flows::PORTS - 1);
     loop {
         socket.send_to(b"are you there?", first)?;
-        if lines.recv_timeout(POLL * 5).is_ok_and(|(_, line)| port(&line) == Some(first.port())) {
+        if lines
+            .recv_timeout(POLL * 5)
+            .is_ok_and(|(_, line)| port(&line) == Some(first.port()))
+        {
             break;
         }
-        ensure!(Instant::now() < deadline, "tail shows no drop within {PATIENCE:?}");
+        ensure!(
+            Instant::now() < deadline,
+            "tail shows no drop within {PATIENCE:?}"
+        );
     }
     let mut sent = Vec::new();
     for n in 0..DROPS {
@@ -96,9 +104,12 @@ fn drops(lab: &Lab, lines: &Receiver<(Instant, String)>) -> Result<(Vec<f64>, u6
     while delays.iter().any(Option::is_none) {
         match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok((at, line)) => {
-                let index = port(&line).and_then(|port| port.checked_sub(FIRST_PORT)).map(usize::from);
+                let index = port(&line)
+                    .and_then(|port| port.checked_sub(FIRST_PORT))
+                    .map(usize::from);
                 if let Some(index) = index
-                    && let (Some(sent), Some(delay @ None)) = (sent.get(index), delays.get_mut(index))
+                    && let (Some(sent), Some(delay @ None)) =
+                        (sent.get(index), delays.get_mut(index))
                 {
                     *delay = Some(at.saturating_duration_since(*sent).as_secs_f64() * 1000.0);
                 }
@@ -156,12 +167,36 @@ pub fn scrape(report: &mut Report) -> Result<()> {
     let nft = flows::dropped(&lab, Family::V6)?;
     let (_, counted) = wait_for(&agent, &lab, nft)?;
     let (_, body) = agent.get("/metrics")?;
-    report.figure("answer", body.len() as f64 / f64::from(1 << 20), "MiB", Must::Shown);
+    report.figure(
+        "answer",
+        body.len() as f64 / f64::from(1 << 20),
+        "MiB",
+        Must::Shown,
+    );
     report.figure("median, nothing dropped", median(&quiet), "ms", Must::Shown);
-    report.figure("drops a second meanwhile", dropping.round(), "", Must::Shown);
-    report.figure("median, while drops go on", median(&busy), "ms", Must::Below(50.0));
-    report.figure("longest, while drops go on", percentile(&busy, 100), "ms", Must::Shown);
-    report.count("drops counted, of those that nft counts", counted, Must::Exactly(nft as f64));
+    report.figure(
+        "drops a second meanwhile",
+        dropping.round(),
+        "",
+        Must::Shown,
+    );
+    report.figure(
+        "median, while drops go on",
+        median(&busy),
+        "ms",
+        Must::Below(50.0),
+    );
+    report.figure(
+        "longest, while drops go on",
+        percentile(&busy, 100),
+        "ms",
+        Must::Shown,
+    );
+    report.count(
+        "drops counted, of those that nft counts",
+        counted,
+        Must::Exactly(nft as f64),
+    );
     report.round(json!({"quiet_ms": quiet, "busy_ms": busy}));
     agent.stop()?;
     Ok(())
@@ -193,8 +228,9 @@ fn wait_for(agent: &Agent, lab: &Lab, packets: u64) -> Result<(u64, u64)> {
                 && sample.label("source_namespace") == namespace
                 && sample.label("reason") == "NETFILTER_DROP"
         });
-        let (series, counted) =
-            pairs.fold((0, 0), |(series, sum), sample| (series + 1, sum + sample.value as u64));
+        let (series, counted) = pairs.fold((0, 0), |(series, sum), sample| {
+            (series + 1, sum + sample.value as u64)
+        });
         if counted >= packets || Instant::now() > deadline {
             return Ok((series, counted));
         }

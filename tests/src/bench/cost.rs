@@ -29,12 +29,20 @@ type Rounds = BTreeMap<&'static str, Vec<f64>>;
 
 /// The ratio in each round, and of these the one in the middle.
 fn ratio(rounds: &Rounds, above: Watcher, below: Watcher, off: Watcher) -> Option<f64> {
-    let of = |watcher: Watcher| rounds.get(watcher.name()).filter(|values| !values.is_empty());
+    let of = |watcher: Watcher| {
+        rounds
+            .get(watcher.name())
+            .filter(|values| !values.is_empty())
+    };
     let (above, below) = (of(above)?, of(below)?);
     let zero = vec![0.0; above.len()];
     let off = of(off).unwrap_or(&zero);
-    let ratios: Vec<f64> =
-        above.iter().zip(below).zip(off).map(|((a, b), off)| (a - off) / (b - off)).collect();
+    let ratios: Vec<f64> = above
+        .iter()
+        .zip(below)
+        .zip(off)
+        .map(|((a, b), off)| (a - off) / (b - off))
+        .collect();
     Some(median(&ratios))
 }
 
@@ -44,7 +52,11 @@ fn watchers(report: &mut Report, wanted: &[Watcher]) -> Vec<Watcher> {
     if !bpftrace {
         report.skipped(Watcher::Bpftrace.name(), "it is not installed");
     }
-    wanted.iter().copied().filter(|w| bpftrace || *w != Watcher::Bpftrace).collect()
+    wanted
+        .iter()
+        .copied()
+        .filter(|w| bpftrace || *w != Watcher::Bpftrace)
+        .collect()
 }
 
 /// Nanoseconds in the program on kfree_skb for each drop.
@@ -54,7 +66,12 @@ fn watchers(report: &mut Report, wanted: &[Watcher]) -> Vec<Watcher> {
 pub fn cost(report: &mut Report) -> Result<()> {
     let lab = Lab::alone()?;
     flows::drop_at_router(&lab)?;
-    let wanted = [Watcher::Empty, Watcher::Minimal, Watcher::Whydrop, Watcher::Bpftrace];
+    let wanted = [
+        Watcher::Empty,
+        Watcher::Minimal,
+        Watcher::Whydrop,
+        Watcher::Bpftrace,
+    ];
     let watchers = watchers(report, &wanted);
     for family in Family::BOTH {
         let flows = Flows::to_ports(&lab, family, SOURCES, PORTS)?;
@@ -69,7 +86,12 @@ pub fn cost(report: &mut Report) -> Result<()> {
         }
         for watcher in &watchers {
             let ns = median(rounds.get(watcher.name()).map_or(&[][..], Vec::as_slice));
-            report.figure(format!("{family}: {}", watcher.name()), ns, "ns", Must::Shown);
+            report.figure(
+                format!("{family}: {}", watcher.name()),
+                ns,
+                "ns",
+                Must::Shown,
+            );
         }
         for (peer, limit) in [(Watcher::Minimal, 1.5), (Watcher::Bpftrace, 0.7)] {
             if let Some(ratio) = ratio(&rounds, Watcher::Whydrop, peer, Watcher::Empty) {
@@ -111,11 +133,17 @@ fn cost_of(watcher: Watcher, lab: &Lab, family: Family, flows: &Flows) -> Result
 pub fn sender(report: &mut Report) -> Result<()> {
     let lab = Lab::alone()?;
     flows::drop_at_router(&lab)?;
-    let wanted = [Watcher::Nothing, Watcher::Minimal, Watcher::Whydrop, Watcher::Bpftrace];
+    let wanted = [
+        Watcher::Nothing,
+        Watcher::Minimal,
+        Watcher::Whydrop,
+        Watcher::Bpftrace,
+    ];
     let watchers = watchers(report, &wanted);
     for family in Family::BOTH {
         let flows = Flows::to_ports(&lab, family, SOURCES, PORTS)?;
         let mut rounds = Rounds::new();
+        let mut cpu = Rounds::new();
         for round in 0..ROUNDS {
             for turn in 0..watchers.len() {
                 let watcher = watchers[(round + turn) % watchers.len()];
@@ -123,19 +151,33 @@ pub fn sender(report: &mut Report) -> Result<()> {
                     .start(&lab, family)
                     .with_context(|| format!("start {}", watcher.name()))?;
                 flows.send(&lab, Amount::Each(WARM))?;
+                let before = watching.cpu_time()?;
                 let sent = flows.send(&lab, Amount::For(TIME))?;
+                let used = watching.cpu_time()? - before;
                 watching.stop()?;
+                let used = used.as_secs_f64() / sent.elapsed.as_secs_f64() * 100.0;
+                cpu.entry(watcher.name()).or_default().push(used);
                 rounds.entry(watcher.name()).or_default().push(sent.rate());
             }
         }
         for watcher in &watchers {
             let rate = median(rounds.get(watcher.name()).map_or(&[][..], Vec::as_slice));
-            report.figure(format!("{family}: {}", watcher.name()), rate.round(), "packets/s", Must::Shown);
+            report.figure(
+                format!("{family}: {}", watcher.name()),
+                rate.round(),
+                "packets/s",
+                Must::Shown,
+            );
         }
         let of = |above, below| ratio(&rounds, above, below, Watcher::Empty);
         for watcher in &watchers[1..] {
             if let Some(ratio) = of(*watcher, Watcher::Nothing) {
-                report.figure(format!("{family}: {} / nothing", watcher.name()), ratio, "", Must::Shown);
+                report.figure(
+                    format!("{family}: {} / nothing", watcher.name()),
+                    ratio,
+                    "",
+                    Must::Shown,
+                );
             }
         }
         if let Some(ratio) = of(Watcher::Whydrop, Watcher::Minimal) {
@@ -143,9 +185,24 @@ pub fn sender(report: &mut Report) -> Result<()> {
             report.figure(name, ratio, "", Must::AtLeast(0.98));
         }
         if let Some(ratio) = of(Watcher::Whydrop, Watcher::Bpftrace) {
-            report.figure(format!("{family}: whydrop / bpftrace"), ratio, "", Must::Above(1.0));
+            report.figure(
+                format!("{family}: whydrop / bpftrace"),
+                ratio,
+                "",
+                Must::Above(1.0),
+            );
         }
-        report.round(json!({"family": family.to_string(), "packets_per_second": rounds}));
+        if let Some(used) = cpu.get(Watcher::Whydrop.name()) {
+            report.figure(
+                format!("{family}: the agent's CPU, of one core"),
+                median(used),
+                "%",
+                Must::Shown,
+            );
+        }
+        report.round(json!({
+            "family": family.to_string(), "packets_per_second": rounds, "cpu_percent": cpu,
+        }));
     }
     Ok(())
 }

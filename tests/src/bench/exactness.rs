@@ -37,7 +37,9 @@ pub fn flood(report: &mut Report) -> Result<()> {
 /// # Errors
 /// As [`flood`].
 pub fn overflow(report: &mut Report) -> Result<()> {
-    let cpus = aya::util::nr_cpus().map_err(|(_, error)| error).context("count the CPUs")?;
+    let cpus = aya::util::nr_cpus()
+        .map_err(|(_, error)| error)
+        .context("count the CPUs")?;
     let (bytes, budget) = (20..40)
         .find_map(|power| Some((1u64 << power, Budget::new(1 << power, cpus).ok()?)))
         .context("no size of the maps fits this machine")?;
@@ -57,8 +59,17 @@ fn measure(report: &mut Report, arguments: &[&str], ports: u16) -> Result<()> {
         let nft_before = flows::dropped(&lab, family)?;
         let sent = flows.send(&lab, Amount::Each(PACKETS / flows.len()))?;
         let nft = flows::dropped(&lab, family)? - nft_before;
-        report.figure(format!("{family}: drops a second"), sent.rate().round(), "", Must::Shown);
-        report.count(format!("{family}: dropped, as nft counts"), nft, Must::Exactly(PACKETS as f64));
+        report.figure(
+            format!("{family}: drops a second"),
+            sent.rate().round(),
+            "",
+            Must::Shown,
+        );
+        report.count(
+            format!("{family}: dropped, as nft counts"),
+            nft,
+            Must::Exactly(PACKETS as f64),
+        );
         let after = settled(&agent, &count, &before, nft)?;
         let found = Found::between(&lab, &before, &after);
         compare(report, family, &found, nft, !arguments.is_empty());
@@ -85,18 +96,42 @@ fn compare(report: &mut Report, family: Family, found: &Found, nft: u64, overflo
         exactly(0),
     );
     let named: u64 = found.pairs.values().sum();
-    report.count(format!("{family}: pairs and __other__ together"), named + found.other, exactly(nft));
+    report.count(
+        format!("{family}: pairs and __other__ together"),
+        named + found.other,
+        exactly(nft),
+    );
     let each = PACKETS / u64::from(SOURCES);
     if overflows {
         let map = found.lost.get("map").copied().unwrap_or(0);
-        report.count(format!("{family}: whydrop_events_lost_total, map"), map, Must::Above(0.0));
+        report.count(
+            format!("{family}: whydrop_events_lost_total, map"),
+            map,
+            Must::Above(0.0),
+        );
         // Which is of all reasons: the node's few other frees find no room either.
-        report.count(format!("{family}: __other__"), found.other, Must::CountAtMost(map as f64));
+        report.count(
+            format!("{family}: __other__"),
+            found.other,
+            Must::CountAtMost(map as f64),
+        );
         report.count(format!("{family}: named"), named, Must::AtMost(nft as f64));
-        let beyond = found.pairs.values().filter(|packets| **packets > each).count();
-        report.count(format!("{family}: pairs above what was sent"), beyond as u64, exactly(0));
+        let beyond = found
+            .pairs
+            .values()
+            .filter(|packets| **packets > each)
+            .count();
+        report.count(
+            format!("{family}: pairs above what was sent"),
+            beyond as u64,
+            exactly(0),
+        );
     } else {
-        let wrong = found.pairs.values().filter(|packets| **packets != each).count();
+        let wrong = found
+            .pairs
+            .values()
+            .filter(|packets| **packets != each)
+            .count();
         let missing = usize::from(SOURCES).abs_diff(found.pairs.len());
         report.count(
             format!("{family}: pairs other than {each} each"),
@@ -106,7 +141,11 @@ fn compare(report: &mut Report, family: Family, found: &Found, nft: u64, overflo
     }
     for (stage, packets) in &found.lost {
         if *packets > 0 && stage != "map" {
-            report.count(format!("{family}: detail not kept, {stage}"), *packets, Must::Shown);
+            report.count(
+                format!("{family}: detail not kept, {stage}"),
+                *packets,
+                Must::Shown,
+            );
         }
     }
 }
@@ -121,12 +160,18 @@ impl Moment {
     fn take(agent: &Agent, count: &Peer) -> Result<Self> {
         let before = count.counted()?;
         let samples = agent.metrics()?;
-        Ok(Self { samples, counted: [before, count.counted()?] })
+        Ok(Self {
+            samples,
+            counted: [before, count.counted()?],
+        })
     }
 
     fn sum(&self, name: &str, fits: impl Fn(&Sample) -> bool) -> u64 {
         let samples = self.samples.iter().filter(|sample| sample.name == name);
-        samples.filter(|sample| fits(sample)).map(|sample| sample.value as u64).sum()
+        samples
+            .filter(|sample| fits(sample))
+            .map(|sample| sample.value as u64)
+            .sum()
     }
 
     /// By how much the agent's growth since then lies outside what the tracepoint's can have been.
@@ -143,7 +188,9 @@ impl Moment {
 fn settled(agent: &Agent, count: &Peer, before: &Moment, nft: u64) -> Result<Moment> {
     let deadline = Instant::now() + SETTLED;
     let drops = |moment: &Moment| {
-        moment.sum("whydrop_node_drops_total", |sample| sample.label("reason") == REASON)
+        moment.sum("whydrop_node_drops_total", |sample| {
+            sample.label("reason") == REASON
+        })
     };
     loop {
         let now = Moment::take(agent, count)?;
@@ -179,13 +226,19 @@ impl Found {
             ours.then(|| sample.label("source_pod").to_owned())
         };
         let other = |sample: &Sample| {
-            let other = sample.label("source_pod") == "__other__" && sample.label("reason") == REASON;
+            let other =
+                sample.label("source_pod") == "__other__" && sample.label("reason") == REASON;
             other.then(String::new)
         };
         let silent = "whydrop_silent_drops_total";
         let label = |name: &'static str| move |sample: &Sample| Some(sample.label(name).to_owned());
         let mut lost = grown(before, after, "whydrop_events_lost_total", label("stage"));
-        for (limit, packets) in grown(before, after, "whydrop_events_limited_total", label("limit")) {
+        for (limit, packets) in grown(
+            before,
+            after,
+            "whydrop_events_limited_total",
+            label("limit"),
+        ) {
             lost.insert(format!("limit of each {limit}"), packets);
         }
         Self {

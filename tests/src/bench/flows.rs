@@ -62,8 +62,9 @@ impl Flows {
     /// The addresses cannot be set.
     pub fn to_ports(lab: &Lab, family: Family, sources: u16, ports: u16) -> Result<Self> {
         let server = lab.address(Place::Of(Host::Server), family);
-        let destinations =
-            (0..ports).map(|port| SocketAddr::new(server, FIRST_PORT + port)).collect();
+        let destinations = (0..ports)
+            .map(|port| SocketAddr::new(server, FIRST_PORT + port))
+            .collect();
         Self::new(lab, family, sources, destinations)
     }
 
@@ -79,12 +80,7 @@ impl Flows {
         Self::new(lab, Family::V6, sources, destinations)
     }
 
-    fn new(
-        lab: &Lab,
-        family: Family,
-        sources: u16,
-        destinations: Vec<SocketAddr>,
-    ) -> Result<Self> {
+    fn new(lab: &Lab, family: Family, sources: u16, destinations: Vec<SocketAddr>) -> Result<Self> {
         let sources: Vec<IpAddr> = (0..sources).map(|n| source(lab, family, n)).collect();
         let script: String = sources
             .iter()
@@ -93,8 +89,15 @@ impl Flows {
                 format!("addr replace {address}/{length} dev eth0{option}\n")
             })
             .collect();
-        command(&["ip", "-n", &lab.netns(Host::Client), "-batch", "-"], Some(&script))?;
-        Ok(Self { family, sources, destinations })
+        command(
+            &["ip", "-n", &lab.netns(Host::Client), "-batch", "-"],
+            Some(&script),
+        )?;
+        Ok(Self {
+            family,
+            sources,
+            destinations,
+        })
     }
 
     /// How many flows.
@@ -153,8 +156,11 @@ impl Flows {
         if set.set(thread).is_ok() {
             let _ = sched_setaffinity(Pid::from_raw(0), &set);
         }
-        let to: Vec<Option<SockaddrStorage>> =
-            self.destinations.iter().map(|to| Some(SockaddrStorage::from(*to))).collect();
+        let to: Vec<Option<SockaddrStorage>> = self
+            .destinations
+            .iter()
+            .map(|to| Some(SockaddrStorage::from(*to)))
+            .collect();
         let payload = [[IoSlice::new(b"whydrop bench")]];
         let no_control: [ControlMessage<'_>; 0] = [];
         let mut headers = MultiHeaders::preallocate(to.len(), None);
@@ -220,12 +226,24 @@ pub fn objects(lab: &Lab) -> Value {
     let mut pods: Vec<Value> = (0..100)
         .map(|n| {
             let addresses = Family::BOTH.map(|family| source(lab, family, n).to_string());
-            objects::pod(&namespace, &format!("source-{n}"), &lab.node(), &addresses, &[])
+            objects::pod(
+                &namespace,
+                &format!("source-{n}"),
+                &lab.node(),
+                &addresses,
+                &[],
+            )
         })
         .collect();
     pods.extend((0..100).map(|n| {
         let address = destination(lab, n).to_string();
-        objects::pod(&namespace, &format!("destination-{n}"), &lab.node(), &[address], &[])
+        objects::pod(
+            &namespace,
+            &format!("destination-{n}"),
+            &lab.node(),
+            &[address],
+            &[],
+        )
     }));
     if let Some(items) = list["items"].as_array_mut() {
         items.append(&mut pods);

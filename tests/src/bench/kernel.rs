@@ -33,16 +33,20 @@ pub struct Program {
 pub fn programs(pid: u32) -> Result<Vec<Program>> {
     let mut programs = Vec::new();
     for info in fdinfo(pid)? {
-        let (Some(id), Some(runs), Some(run_ns)) =
-            (info.get("prog_id"), info.get("run_cnt"), info.get("run_time_ns"))
-        else {
+        let (Some(id), Some(runs), Some(run_ns)) = (
+            info.get("prog_id"),
+            info.get("run_cnt"),
+            info.get("run_time_ns"),
+        ) else {
             continue;
         };
         let id = u32::try_from(*id)?;
         if programs.iter().any(|program: &Program| program.id == id) {
             continue;
         }
-        let known = loaded_programs().filter_map(Result::ok).find(|program| program.id() == id);
+        let known = loaded_programs()
+            .filter_map(Result::ok)
+            .find(|program| program.id() == id);
         programs.push(Program {
             id,
             name: known
@@ -50,7 +54,9 @@ pub fn programs(pid: u32) -> Result<Vec<Program>> {
                 .and_then(|program| program.name_as_str())
                 .unwrap_or_default()
                 .to_owned(),
-            maps: known.and_then(|program| program.map_ids().ok()?).unwrap_or_default(),
+            maps: known
+                .and_then(|program| program.map_ids().ok()?)
+                .unwrap_or_default(),
             runs: *runs,
             run_ns: *run_ns,
         });
@@ -118,7 +124,8 @@ fn fdinfo(pid: u32) -> Result<Vec<BTreeMap<String, u64>>> {
 /// # Errors
 /// There is no such process.
 pub fn cpu_time(pid: u32) -> Result<Duration> {
-    let clock = clock_getcpuclockid(Pid::from_raw(pid.try_into()?)).context("find the process' clock")?;
+    let clock =
+        clock_getcpuclockid(Pid::from_raw(pid.try_into()?)).context("find the process' clock")?;
     Ok(clock.now().context("read the process' clock")?.into())
 }
 
@@ -131,7 +138,12 @@ pub fn status_bytes(pid: u32, field: &str) -> Result<u64> {
     let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
     let kib: u64 = text
         .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.trim().strip_suffix("kB"))
+        .find_map(|line| {
+            line.strip_prefix(field)?
+                .strip_prefix(':')?
+                .trim()
+                .strip_suffix("kB")
+        })
         .with_context(|| format!("{path} has no {field}"))?
         .trim()
         .parse()?;

@@ -84,14 +84,21 @@ impl Figure {
         let measured = value(self.measured);
         let (measured, must) = match &self.must {
             Must::Shown => (measured, String::new()),
-            Must::AtMost(limit) | Must::CountAtMost(limit) => (measured, format!("<= {}", value(*limit))),
+            Must::AtMost(limit) | Must::CountAtMost(limit) => {
+                (measured, format!("<= {}", value(*limit)))
+            }
             Must::Below(limit) => (measured, format!("< {}", value(*limit))),
             Must::AtLeast(limit) => (measured, format!(">= {}", value(*limit))),
             Must::Above(limit) => (measured, format!("> {}", value(*limit))),
             Must::Exactly(count) => (measured, format!("= {}", value(*count))),
             Must::Skipped(why) => ("skipped".to_owned(), why.clone()),
         };
-        [self.name.clone(), measured, must, self.verdict().as_str().to_owned()]
+        [
+            self.name.clone(),
+            measured,
+            must,
+            self.verdict().as_str().to_owned(),
+        ]
     }
 
     fn json(&self) -> Value {
@@ -103,7 +110,11 @@ impl Figure {
             Must::Above(limit) => (Some(">"), Some(*limit)),
             Must::Exactly(limit) => (Some("="), Some(*limit)),
         };
-        let skipped = if let Must::Skipped(why) = &self.must { Some(why) } else { None };
+        let skipped = if let Must::Skipped(why) = &self.must {
+            Some(why)
+        } else {
+            None
+        };
         json!({
             "figure": self.name,
             "measured": if skipped.is_some() { None } else { Some(self.measured) },
@@ -130,12 +141,28 @@ pub struct Report {
 impl Report {
     /// An empty one.
     pub fn new(name: &'static str, about: &'static str) -> Self {
-        Self { name, about, figures: Vec::new(), rounds: Vec::new() }
+        Self {
+            name,
+            about,
+            figures: Vec::new(),
+            rounds: Vec::new(),
+        }
     }
 
     /// Adds a row.
-    pub fn figure(&mut self, name: impl Into<String>, measured: f64, unit: &'static str, must: Must) {
-        self.figures.push(Figure { name: name.into(), measured, unit, must });
+    pub fn figure(
+        &mut self,
+        name: impl Into<String>,
+        measured: f64,
+        unit: &'static str,
+        must: Must,
+    ) {
+        self.figures.push(Figure {
+            name: name.into(),
+            measured,
+            unit,
+            must,
+        });
     }
 
     /// Adds a count of packets or of anything else that is counted.
@@ -170,7 +197,10 @@ impl Report {
         let rows: Vec<[String; 4]> = reports
             .iter()
             .flat_map(|report| {
-                let asked = report.figures.iter().filter(|figure| figure.must != Must::Shown);
+                let asked = report
+                    .figures
+                    .iter()
+                    .filter(|figure| figure.must != Must::Shown);
                 asked.map(|figure| {
                     let mut cells = figure.cells();
                     cells[0] = format!("{}: {}", report.name, cells[0]);
@@ -186,7 +216,8 @@ impl Report {
     /// # Errors
     /// The directory cannot be made or the file not written.
     pub fn write(&self, directory: &Path) -> Result<PathBuf> {
-        std::fs::create_dir_all(directory).with_context(|| format!("create {}", directory.display()))?;
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("create {}", directory.display()))?;
         let path = directory.join(format!("{}.json", self.name));
         let text = serde_json::to_string_pretty(&json!({
             "name": self.name,
@@ -229,7 +260,12 @@ pub fn percentile(values: &[f64], percent: usize) -> f64 {
 fn table(rows: &[[String; 4]]) -> String {
     let head = ["figure", "measured", "must reach", ""].map(str::to_owned);
     let all = || std::iter::once(&head).chain(rows);
-    let width = |column: usize| all().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let width = |column: usize| {
+        all()
+            .map(|row| row[column].chars().count())
+            .max()
+            .unwrap_or(0)
+    };
     let widths = [width(0), width(1), width(2)];
     let mut text = String::new();
     for [name, measured, must, verdict] in all() {
@@ -294,7 +330,15 @@ mod tests {
 
     #[test]
     fn a_wrong_count_is_worse_than_a_miss() {
-        let verdict = |measured, must| Figure { name: String::new(), measured, unit: "", must }.verdict();
+        let verdict = |measured, must| {
+            Figure {
+                name: String::new(),
+                measured,
+                unit: "",
+                must,
+            }
+            .verdict()
+        };
         assert_eq!(verdict(5.0, Must::Exactly(5.0)), Verdict::Ok);
         assert_eq!(verdict(4.0, Must::Exactly(5.0)), Verdict::Wrong);
         assert_eq!(verdict(6.0, Must::CountAtMost(5.0)), Verdict::Wrong);

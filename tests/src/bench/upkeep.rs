@@ -25,7 +25,9 @@ const IDLE: Duration = Duration::from_secs(20);
 /// The agent does not start, or the kernel does not report it.
 pub fn memory(report: &mut Report) -> Result<()> {
     let lab = Lab::alone()?;
-    let cpus = aya::util::nr_cpus().map_err(|(_, error)| error).context("count the CPUs")?;
+    let cpus = aya::util::nr_cpus()
+        .map_err(|(_, error)| error)
+        .context("count the CPUs")?;
     let in_mib = |bytes: u64| bytes as f64 / MIB as f64;
     for size_mib in SIZES_MIB {
         let size = format!("{size_mib}MiB");
@@ -36,14 +38,23 @@ pub fn memory(report: &mut Report) -> Result<()> {
         let bytes: u64 = maps.iter().map(|map| map.bytes).sum();
         let budget = Budget::new(size_mib * MIB, cpus)?;
         let limit = Must::AtMost(size_mib as f64);
-        report.figure(format!("{size}: reported by the kernel, {cpus} CPUs"), in_mib(bytes), "MiB", limit);
+        report.figure(
+            format!("{size}: reported by the kernel, {cpus} CPUs"),
+            in_mib(bytes),
+            "MiB",
+            limit,
+        );
         report.figure(
             format!("{size}: computed, {cpus} CPUs"),
             in_mib(budget.total_bytes),
             "MiB",
             Must::AtLeast(in_mib(bytes)),
         );
-        report.count(format!("{size}: flows that fit, {cpus} CPUs"), budget.flows.into(), Must::Shown);
+        report.count(
+            format!("{size}: flows that fit, {cpus} CPUs"),
+            budget.flows.into(),
+            Must::Shown,
+        );
         report.round(json!({
             "map_memory_mib": size_mib, "cpus": cpus, "reported_bytes": bytes, "budget": budget,
             "maps": maps.iter().map(|map| json!({
@@ -67,7 +78,10 @@ pub fn memory(report: &mut Report) -> Result<()> {
                 );
             }
             Err(error) => {
-                report.skipped(format!("{size_mib}MiB: computed, {MANY_CPUS} CPUs"), error.to_string());
+                report.skipped(
+                    format!("{size_mib}MiB: computed, {MANY_CPUS} CPUs"),
+                    error.to_string(),
+                );
             }
         }
     }
@@ -87,10 +101,17 @@ pub fn idle(report: &mut Report) -> Result<()> {
     std::thread::sleep(IDLE);
     let used = kernel::cpu_time(agent.pid())? - cpu;
     let percent = used.as_secs_f64() / started.elapsed().as_secs_f64() * 100.0;
-    let mib = |field| Ok::<_, anyhow::Error>(kernel::status_bytes(agent.pid(), field)? as f64 / MIB as f64);
+    let mib = |field| {
+        Ok::<_, anyhow::Error>(kernel::status_bytes(agent.pid(), field)? as f64 / MIB as f64)
+    };
     report.figure("CPU, of one core", percent, "%", Must::Below(0.2));
     report.figure("RSS", mib("VmRSS")?, "MiB", Must::Below(25.0));
-    report.figure("RSS, of it not backed by the binary", mib("RssAnon")?, "MiB", Must::Shown);
+    report.figure(
+        "RSS, of it not backed by the binary",
+        mib("RssAnon")?,
+        "MiB",
+        Must::Shown,
+    );
     report.figure("RSS while it started", mib("VmHWM")?, "MiB", Must::Shown);
     agent.stop()?;
     Ok(())

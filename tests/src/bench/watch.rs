@@ -62,9 +62,11 @@ impl Watcher {
             Self::Empty => Watching::Peer(Peer::attach("empty")?),
             Self::Minimal => Watching::Peer(Peer::attach("minimal")?),
             Self::Bpftrace => Watching::Bpftrace(Bpftrace::start(lab, family)?),
-            Self::Whydrop => {
-                Watching::Whydrop(Agent::start_unfollowed(&lab.node(), &flows::objects(lab), &[])?)
-            }
+            Self::Whydrop => Watching::Whydrop(Agent::start_unfollowed(
+                &lab.node(),
+                &flows::objects(lab),
+                &[],
+            )?),
         })
     }
 }
@@ -87,6 +89,14 @@ impl Watching {
     /// # Errors
     /// It has ended.
     pub fn spent(&self) -> Result<(u64, u64)> {
+        self.spent_in("kfree_skb")
+    }
+
+    /// The same of the agent's program on any tracepoint; the others have one on kfree_skb.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn spent_in(&self, tracepoint: &str) -> Result<(u64, u64)> {
         let pid = match self {
             Self::Nothing => return Ok((0, 0)),
             Self::Peer(_) => std::process::id(),
@@ -97,11 +107,25 @@ impl Watching {
         Ok(programs
             .iter()
             .filter(|program| match self {
-                // The typed program or the raw one: both would be `kfree_skb...`.
-                Self::Whydrop(_) => program.name.starts_with("kfree_skb"),
+                // The typed program is called so, the raw one has a suffix.
+                Self::Whydrop(_) => program.name.starts_with(tracepoint),
                 _ => true,
             })
-            .fold((0, 0), |(runs, ns), program| (runs + program.runs, ns + program.run_ns)))
+            .fold((0, 0), |(runs, ns), program| {
+                (runs + program.runs, ns + program.run_ns)
+            }))
+    }
+
+    /// Time that a process of its own has been on a CPU.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        match self {
+            Self::Nothing | Self::Peer(_) => Ok(Duration::ZERO),
+            Self::Bpftrace(bpftrace) => kernel::cpu_time(bpftrace.child.id()),
+            Self::Whydrop(agent) => kernel::cpu_time(agent.pid()),
+        }
     }
 
     /// Ends it and waits for its end.
@@ -136,7 +160,9 @@ impl Peer {
             .program_mut(name)
             .with_context(|| format!("the peers have no program {name}"))?
             .try_into()?;
-        program.load("kfree_skb", &btf).with_context(|| format!("load {name}"))?;
+        program
+            .load("kfree_skb", &btf)
+            .with_context(|| format!("load {name}"))?;
         program.attach().with_context(|| format!("attach {name}"))?;
         Ok(Self(ebpf))
     }
@@ -160,7 +186,10 @@ pub struct Bpftrace {
 impl Bpftrace {
     /// Whether it is installed.
     pub fn is_installed() -> bool {
-        Command::new("bpftrace").arg("--version").output().is_ok_and(|output| output.status.success())
+        Command::new("bpftrace")
+            .arg("--version")
+            .output()
+            .is_ok_and(|output| output.status.success())
     }
 
     /// Starts it, and drops packets until its program has run.
@@ -178,7 +207,7 @@ impl Bpftrace {
         // have room, as those of everyone else.
         let child = Command::new("unshare")
             .args(["--mount", "--propagation", "private", "sh", "-c"])
-            .arg("mount -t tracefs none /sys/kernel/tracing && exec bpftrace -e \"$0\"")
+            .arg("[ -d /sys/kernel/tracing/events ] || mount -t tracefs none /sys/kernel/tracing && exec bpftrace -e \"$0\"")
             .arg(&script)
             .env("BPFTRACE_MAP_KEYS_MAX", "20000")
             .stdin(Stdio::null())
@@ -200,7 +229,10 @@ impl Bpftrace {
                 bail!("bpftrace ended at once: {status}");
             }
             flows.send(lab, Amount::Each(1))?;
-            if kernel::programs(self.child.id())?.iter().any(|program| program.runs > 0) {
+            if kernel::programs(self.child.id())?
+                .iter()
+                .any(|program| program.runs > 0)
+            {
                 return Ok(());
             }
             std::thread::sleep(POLL);

@@ -69,6 +69,9 @@ fn run() -> Result<bool> {
 /// `target/bench`, beside the directory of this program.
 fn directory() -> Result<PathBuf> {
     let here = std::env::current_exe().context("find this program's own path")?;
-    let target = here.ancestors().nth(2).context("this program is in no target directory")?;
+    let target = here
+        .ancestors()
+        .nth(2)
+        .context("this program is in no target directory")?;
     Ok(target.join("bench"))
 }
