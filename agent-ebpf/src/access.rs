@@ -20,7 +20,11 @@ pub unsafe fn field<T: Copy, const TYPED: bool>(base: *const u8, offset: u32) ->
             core::ptr::read_volatile(address)
         } else {
             let mut value = MaybeUninit::<T>::uninit();
-            bpf_probe_read_kernel(value.as_mut_ptr().cast(), size_of::<T>() as u32, address.cast());
+            bpf_probe_read_kernel(
+                value.as_mut_ptr().cast(),
+                size_of::<T>() as u32,
+                address.cast(),
+            );
             value.assume_init()
         }
     }
@@ -33,6 +37,10 @@ pub unsafe fn field<T: Copy, const TYPED: bool>(base: *const u8, offset: u32) ->
 #[inline(always)]
 pub unsafe fn copy<T>(to: &mut T, address: u64) -> bool {
     unsafe {
-        bpf_probe_read_kernel((&raw mut *to).cast(), size_of::<T>() as u32, address as *const _) == 0
+        bpf_probe_read_kernel(
+            (&raw mut *to).cast(),
+            size_of::<T>() as u32,
+            address as *const _,
+        ) == 0
     }
 }

@@ -8,15 +8,15 @@ use aya_ebpf::maps::PerCpuHashMap;
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use aya_log_ebpf::debug;
 use whydrop_ebpf::{
-    Control, Cpu, DropEvent, EVENTS_PER_FLOW, FLAG_LOCAL_DATAGRAM, FlowCount, FlowKey, KIND_DNS,
-    KIND_PACKET, MISSING, OverflowCount, OverflowKey, REASONS, SNAP_LEN, TOLD_NAMED, TOLD_SEEN, UNTOLD,
+    Control, Cpu, DropEvent, EVENTS_PER_DNS_FLOW, EVENTS_PER_FLOW, FLAG_LOCAL_DATAGRAM, FlowCount,
+    FlowKey, KIND_DNS, KIND_PACKET, MISSING, OverflowCount, OverflowKey, REASONS, SNAP_LEN,
+    TOLD_NAMED, TOLD_SEEN, UNTOLD,
 };
 
 use crate::access::{copy, field};
 use crate::conntrack;
 use crate::maps::{
-    BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, WORK, WORK_DROP,
-    offset,
+    BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, WORK, WORK_DROP, offset,
 };
 use crate::packet::{self, Packet, TCP, UDP, Work};
 use crate::told;
@@ -24,7 +24,11 @@ use crate::told;
 /// `tp_btf`: `skb`, `location`, and since 5.17 `reason`.
 #[btf_tracepoint(function = "kfree_skb")]
 pub fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
-    let reason = if offset!(has_reason) != 0 { ctx.arg::<u32>(2) } else { 0 };
+    let reason = if offset!(has_reason) != 0 {
+        ctx.arg::<u32>(2)
+    } else {
+        0
+    };
     unsafe { count::<_, true>(&ctx, ctx.arg(0), ctx.arg(1), reason) };
     0
 }
@@ -32,16 +36,22 @@ pub fn kfree_skb(ctx: BtfTracePointContext) -> i32 {
 /// The same where the kernel refuses `tp_btf`.
 #[raw_tracepoint(tracepoint = "kfree_skb")]
 pub fn kfree_skb_raw(ctx: RawTracePointContext) -> i32 {
-    let reason = if offset!(has_reason) != 0 { ctx.arg::<u32>(2) } else { 0 };
+    let reason = if offset!(has_reason) != 0 {
+        ctx.arg::<u32>(2)
+    } else {
+        0
+    };
     unsafe { count::<_, false>(&ctx, ctx.arg(0), ctx.arg(1), reason) };
     0
 }
 
 #[inline(always)]
 unsafe fn count<C, const TYPED: bool>(ctx: &C, skb: *const u8, location: u64, reason: u32) {
-    let (Some(cpu), Some(control), Some(work)) =
-        (CPU.get_ptr_mut(0), CONTROL.get_ptr(0), WORK.get_ptr_mut(WORK_DROP))
-    else {
+    let (Some(cpu), Some(control), Some(work)) = (
+        CPU.get_ptr_mut(0),
+        CONTROL.get_ptr(0),
+        WORK.get_ptr_mut(WORK_DROP),
+    ) else {
         return; // These elements always exist.
     };
     let (cpu, control, work) = unsafe { (&mut *cpu, &*control, &mut *work) };
@@ -71,7 +81,11 @@ unsafe fn count_flow<C, const TYPED: bool>(
     control: &Control,
     work: &mut Work,
 ) {
-    work.key = FlowKey { location, reason, ..FlowKey::default() };
+    work.key = FlowKey {
+        location,
+        reason,
+        ..FlowKey::default()
+    };
     unsafe { packet::read::<TYPED>(skb, work) };
     let nfct = unsafe { conntrack::nfct::<TYPED>(skb) };
     let Work { key, packet, .. } = work;
@@ -81,7 +95,10 @@ unsafe fn count_flow<C, const TYPED: bool>(
         key.kind = KIND_DNS; // A query that DNAT sent to another port.
     }
     if key.ip_version == 0 {
-        debug!(ctx, "no IP header: ethertype {:x} reason {}", packet.ethertype, reason);
+        debug!(
+            ctx,
+            "no IP header: ethertype {:x} reason {}", packet.ethertype, reason
+        );
     }
     // Nobody is told of the loss of an answer (RFC 1122, 3.2.2; RFC 9293, 3.10.7.1).
     let told = if packet.is_answer != 0 {
@@ -105,7 +122,12 @@ unsafe fn count_flow<C, const TYPED: bool>(
         }
         return;
     };
-    if before >= EVENTS_PER_FLOW {
+    let limit = if key.kind == KIND_DNS {
+        EVENTS_PER_DNS_FLOW
+    } else {
+        EVENTS_PER_FLOW
+    };
+    if before >= limit {
         cpu.limited_flow += 1;
         return;
     }
@@ -240,7 +262,10 @@ unsafe fn send<const TYPED: bool>(
         (&raw mut (*event).ethertype).write(packet.ethertype);
         let device = &mut *(&raw mut (*event).device);
         let dev = field::<*const u8, TYPED>(skb, offset!(skb_dev));
-        if dev.is_null() || offset!(dev_name) == MISSING || !copy(device, dev as u64 + u64::from(offset!(dev_name))) {
+        if dev.is_null()
+            || offset!(dev_name) == MISSING
+            || !copy(device, dev as u64 + u64::from(offset!(dev_name)))
+        {
             *device = [0; 16];
         }
         // A fixed part in one read, the rest of a long packet in a second: the verifier wants
@@ -250,8 +275,10 @@ unsafe fn send<const TYPED: bool>(
         if len > SNAP_LEN as u32 {
             len = SNAP_LEN as u32;
         }
-        if packet.address == 0 || len == 0
-            || bpf_probe_read_kernel_buf(packet.address as *const u8, &mut snap[..len as usize]).is_err()
+        if packet.address == 0
+            || len == 0
+            || bpf_probe_read_kernel_buf(packet.address as *const u8, &mut snap[..len as usize])
+                .is_err()
         {
             len = 0;
         }

@@ -15,10 +15,13 @@ pub const MISSING: u32 = u32::MAX;
 /// behind IPv6, UDP, VXLAN, Ethernet, IPv6, UDP and the DNS header: 40+8+8+14+40+8+12+255+4 = 389.
 pub const SNAP_LEN: usize = 392;
 
-/// Events of one flow in one generation and on one CPU; what exceeds it is only counted.
-///
-/// A generation lasts about 100 ms, so a flow of under 80 packets a second shows each one.
-pub const EVENTS_PER_FLOW: u64 = 8;
+/// Events of one flow in one generation and on one CPU; what exceeds it is only counted, and said
+/// in one line a second. A generation lasts about 100 ms, so a flow of under 40 packets a second
+/// shows each one.
+pub const EVENTS_PER_FLOW: u64 = 4;
+
+/// The same for DNS queries, because each asks for a name of its own.
+pub const EVENTS_PER_DNS_FLOW: u64 = 64;
 
 /// Drop reasons of the kernel's own subsystem that have a number below this have a class and a
 /// counter. Linux 7.2 has about 130.

@@ -10,7 +10,10 @@
 //! | `maps.rs` | | every map and global, with its size's reason |
 #![no_std]
 #![no_main]
-#![allow(missing_docs, reason = "the program macros make public functions without their comments")]
+#![allow(
+    missing_docs,
+    reason = "the program macros make public functions without their comments"
+)]
 #![allow(unused_unsafe, reason = "`offset!` reads a static wherever it stands")]
 
 mod access;

@@ -3,9 +3,7 @@
 //! The path of an ordinary packet (a valid network header, no options, no extension headers, no
 //! tunnel) costs one read of 64 bytes. Everything else is in functions of its own.
 
-use whydrop_ebpf::{
-    FLAG_ENCAPSULATED, FLAG_FRAGMENT, FlowKey, KIND_DNS, KIND_PACKET, KIND_SYN,
-};
+use whydrop_ebpf::{FLAG_ENCAPSULATED, FLAG_FRAGMENT, FlowKey, KIND_DNS, KIND_PACKET, KIND_SYN};
 
 use crate::access::{copy, field};
 use crate::maps::offset;
@@ -93,7 +91,10 @@ pub struct Packet {
 pub unsafe fn read<const TYPED: bool>(skb: *const u8, work: &mut Work) {
     let ethertype = u16::from_be(unsafe { field::<u16, TYPED>(skb, offset!(skb_protocol)) });
     work.key.kind = KIND_PACKET;
-    work.packet = Packet { ethertype, ..Packet::default() };
+    work.packet = Packet {
+        ethertype,
+        ..Packet::default()
+    };
     work.buffer = unsafe {
         Buffer {
             head: field::<u64, TYPED>(skb, offset!(skb_head)),
@@ -209,7 +210,11 @@ fn behind_type(work: &Work, mut at: u32) -> u32 {
         match u16::from_be(ethertype) {
             ETH_P_8021Q | ETH_P_8021AD => at += 4,
             ethertype => {
-                return if is_ip(work, at + 2, version_of(ethertype)) { at + 2 } else { 0 };
+                return if is_ip(work, at + 2, version_of(ethertype)) {
+                    at + 2
+                } else {
+                    0
+                };
             }
         }
     }
@@ -231,7 +236,12 @@ fn is_ip(work: &Work, at: u32, version: u8) -> bool {
 #[inline(always)]
 fn ip(work: &mut Work, at: u32) -> u32 {
     let len = work.buffer.tail.saturating_sub(at);
-    let Work { key, packet, header, .. } = work;
+    let Work {
+        key,
+        packet,
+        header,
+        ..
+    } = work;
     if header[0] >> 4 == 4 {
         let words = header[0] & 0xf;
         if words < 5 {
@@ -283,7 +293,13 @@ fn far_transport(work: &mut Work, offset: u32) -> u32 {
     if offset >= work.buffer.tail || !load(work, offset) {
         return 0;
     }
-    let Work { key, packet, header, buffer, .. } = work;
+    let Work {
+        key,
+        packet,
+        header,
+        buffer,
+        ..
+    } = work;
     transport::<0>(header, buffer.tail - offset, key, packet);
     offset
 }
@@ -381,7 +397,10 @@ fn is_query<const BASE: usize>(header: &Header, len: u32) -> bool {
 #[inline(always)]
 fn is_tunnel(key: &FlowKey) -> bool {
     match key.protocol {
-        UDP => matches!(key.destination_port, PORT_VXLAN | PORT_VXLAN_LINUX | PORT_GENEVE),
+        UDP => matches!(
+            key.destination_port,
+            PORT_VXLAN | PORT_VXLAN_LINUX | PORT_GENEVE
+        ),
         IPIP | IPV6 | GRE => true,
         _ => false,
     }
@@ -481,7 +500,11 @@ fn v6(header: &Header, at: usize) -> [u8; 16] {
 /// bytes of ICMP (RFC 792; RFC 4443, section 3.1).
 #[inline(always)]
 pub fn quoted(work: &mut Work) -> bool {
-    let offset: u32 = if work.key.ip_version == 4 { 20 + 8 } else { 40 + 8 };
+    let offset: u32 = if work.key.ip_version == 4 {
+        20 + 8
+    } else {
+        40 + 8
+    };
     if work.packet.len < offset + 20
         || !unsafe { copy(&mut work.header, work.packet.address + u64::from(offset)) }
         || work.header[0] >> 4 != work.key.ip_version
@@ -489,7 +512,12 @@ pub fn quoted(work: &mut Work) -> bool {
         return false;
     }
     let len = work.packet.len - offset;
-    let Work { key, packet, header, .. } = work;
+    let Work {
+        key,
+        packet,
+        header,
+        ..
+    } = work;
     key.destination_port = 0;
     if key.ip_version == 4 {
         key.protocol = header[9];

@@ -2,7 +2,10 @@
 //! the cost of the least that answers "which flow", and a count that somebody else keeps.
 #![no_std]
 #![no_main]
-#![allow(missing_docs, reason = "the program macros make public functions without their comments")]
+#![allow(
+    missing_docs,
+    reason = "the program macros make public functions without their comments"
+)]
 #![allow(unused_unsafe, reason = "`offset!` reads a static wherever it stands")]
 
 use aya_ebpf::bindings::BPF_NOEXIST;
@@ -66,7 +69,12 @@ pub fn minimal(ctx: BtfTracePointContext) -> i32 {
         let Ok(header) = bpf_probe_read_kernel(header) else {
             return 0;
         };
-        let mut tuple = Tuple { source: [0; 16], destination: [0; 16], ports: 0, protocol: 0 };
+        let mut tuple = Tuple {
+            source: [0; 16],
+            destination: [0; 16],
+            ports: 0,
+            protocol: 0,
+        };
         if header[0] >> 4 == 4 {
             tuple.source[..4].copy_from_slice(&header[12..16]);
             tuple.destination[..4].copy_from_slice(&header[16..20]);

@@ -15,7 +15,8 @@ use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::maps::PerCpuHashMap;
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use whydrop_ebpf::{
-    ANSWER_SLOTS, Answer, Cpu, FLAG_ENCAPSULATED, FlowCount, FlowKey, KIND_ANSWER, TOLD_NAMED, TOLD_SEEN, UNTOLD,
+    ANSWER_SLOTS, Answer, Cpu, FLAG_ENCAPSULATED, FlowCount, FlowKey, KIND_ANSWER, TOLD_NAMED,
+    TOLD_SEEN, UNTOLD,
 };
 
 use crate::access::field;
@@ -113,9 +114,11 @@ unsafe fn sent<const TYPED: bool>(skb: *const u8) {
 /// Parses a packet that may be an answer, and notes which one it answers.
 #[inline(always)]
 unsafe fn answer<const TYPED: bool>(skb: *const u8) {
-    let (Some(cpu), Some(control), Some(work)) =
-        (CPU.get_ptr_mut(0), CONTROL.get_ptr(0), WORK.get_ptr_mut(WORK_SENT))
-    else {
+    let (Some(cpu), Some(control), Some(work)) = (
+        CPU.get_ptr_mut(0),
+        CONTROL.get_ptr(0),
+        WORK.get_ptr_mut(WORK_SENT),
+    ) else {
         return; // These elements always exist.
     };
     let (cpu, control, work) = unsafe { (&mut *cpu, &*control, &mut *work) };
@@ -163,7 +166,17 @@ fn add(flows: &PerCpuHashMap<FlowKey, FlowCount>, key: &FlowKey) -> bool {
         unsafe { (*count).told_seen += 1 };
         return true;
     }
-    if flows.insert(key, FlowCount { told_seen: 1, ..FlowCount::default() }, BPF_NOEXIST.into()).is_ok() {
+    if flows
+        .insert(
+            key,
+            FlowCount {
+                told_seen: 1,
+                ..FlowCount::default()
+            },
+            BPF_NOEXIST.into(),
+        )
+        .is_ok()
+    {
         return true;
     }
     // Another CPU was first, or the map is full.

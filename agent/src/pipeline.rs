@@ -70,8 +70,12 @@ impl Pipeline {
 
     /// An event: decode, enrich, publish. `wall` turns boot time into the time of day.
     pub fn event(&mut self, event: &DropEvent, wall: impl Fn(u64) -> Timestamp) {
-        let Some(drop) = self.decoder.event(event, wall) else { return };
-        let said = self.said[(event.generation & 1) as usize].entry(event.key).or_default();
+        let Some(drop) = self.decoder.event(event, wall) else {
+            return;
+        };
+        let said = self.said[(event.generation & 1) as usize]
+            .entry(event.key)
+            .or_default();
         match drop.outcome {
             Outcome::Rejected => said.rejected += 1,
             Outcome::Dropped | Outcome::Unanswered => said.dropped += 1,
@@ -88,8 +92,12 @@ impl Pipeline {
             tracing::warn!(%error, "counts may be late or incomplete");
         }
         self.say_rest_of(drained);
-        let settled =
-            self.late.settle(&drained.flows, drained.totals.cpu.neighbour_waits, drained.until, now);
+        let settled = self.late.settle(
+            &drained.flows,
+            drained.totals.cpu.neighbour_waits,
+            drained.until,
+            now,
+        );
         for settled in settled {
             self.record(&settled, now);
         }
@@ -112,8 +120,11 @@ impl Pipeline {
             self.last_expired = now;
             let purged_at = Timestamp::now();
             {
-                let mut index =
-                    self.state.index.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut index = self
+                    .state
+                    .index
+                    .write()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner);
                 index.purge(purged_at);
             }
             let index = self.state.index();
@@ -135,7 +146,12 @@ impl Pipeline {
 
     /// Counts to the pair, and to the node.
     fn record(&mut self, settled: &Settled, now: Instant) {
-        let Settled { key, untold, told, until } = *settled;
+        let Settled {
+            key,
+            untold,
+            told,
+            until,
+        } = *settled;
         let (dropped, rejected) = match self.decoder.class(&key) {
             Class::Benign => {
                 let reason = self.label(key.reason, key.location);
@@ -160,7 +176,11 @@ impl Pipeline {
         let before = std::mem::replace(&mut self.totals, totals.clone());
         let mut record = lock(&self.state.record);
         for (reason, packets) in &totals.benign {
-            let old = before.benign.iter().find(|(r, _)| r == reason).map_or(0, |(_, p)| *p);
+            let old = before
+                .benign
+                .iter()
+                .find(|(r, _)| r == reason)
+                .map_or(0, |(_, p)| *p);
             if *packets > old
                 && let Some(name) = self.decoder.reason(*reason)
             {
@@ -169,7 +189,11 @@ impl Pipeline {
         }
         drop(record);
         for (key, count) in &totals.overflow {
-            let old = before.overflow.iter().find(|(k, _)| k == key).map(|(_, c)| *c);
+            let old = before
+                .overflow
+                .iter()
+                .find(|(k, _)| k == key)
+                .map(|(_, c)| *c);
             let old = old.unwrap_or_default();
             self.record_overflow(key, count.packets - old.packets, count.told - old.told, now);
         }
@@ -214,7 +238,13 @@ impl Pipeline {
         };
         for (outcome, packets) in [(Outcome::Dropped, dropped), (Outcome::Rejected, rejected)] {
             if packets > 0 {
-                record.add_other(outcome, decode::kind(key.kind), reason.clone(), packets, now);
+                record.add_other(
+                    outcome,
+                    decode::kind(key.kind),
+                    reason.clone(),
+                    packets,
+                    now,
+                );
             }
         }
     }
@@ -235,7 +265,9 @@ impl Pipeline {
             if key.kind == KIND_ANSWER {
                 continue;
             }
-            let Some(fates) = self.fates(key, count) else { continue };
+            let Some(fates) = self.fates(key, count) else {
+                continue;
+            };
             let said = said.remove(key).unwrap_or_default();
             let rest = Fates {
                 dropped: fates.dropped.saturating_sub(said.dropped),
@@ -249,7 +281,10 @@ impl Pipeline {
                 lost += packets;
                 continue;
             }
-            let (unsaid, time) = self.unsaid.entry(*key).or_insert((Fates::default(), drained.until));
+            let (unsaid, time) = self
+                .unsaid
+                .entry(*key)
+                .or_insert((Fates::default(), drained.until));
             unsaid.dropped += rest.dropped;
             unsaid.rejected += rest.rejected;
             *time = drained.until;
@@ -262,16 +297,23 @@ impl Pipeline {
         let told = (u64::from(count.told_named) + u64::from(count.told_seen)).min(count.packets);
         match self.decoder.class(key) {
             Class::Benign => None,
-            Class::Rejected => Some(Fates { dropped: 0, rejected: count.packets }),
-            Class::Silent => Some(Fates { dropped: count.packets - told, rejected: told }),
+            Class::Rejected => Some(Fates {
+                dropped: 0,
+                rejected: count.packets,
+            }),
+            Class::Silent => Some(Fates {
+                dropped: count.packets - told,
+                rejected: told,
+            }),
         }
     }
 
     fn say_unsaid(&mut self) {
         for (key, (fates, time)) in std::mem::take(&mut self.unsaid) {
-            for (outcome, packets) in
-                [(Outcome::Dropped, fates.dropped), (Outcome::Rejected, fates.rejected)]
-            {
+            for (outcome, packets) in [
+                (Outcome::Dropped, fates.dropped),
+                (Outcome::Rejected, fates.rejected),
+            ] {
                 if packets > 0 {
                     let drop = self.decoder.counted(&key, outcome, packets, time);
                     let event = self.named(drop);
@@ -284,13 +326,18 @@ impl Pipeline {
     fn say_lost(&self, lost: u64, stage: LostStage) {
         if lost > 0 {
             let node = self.state.node.clone();
-            self.state.stream.publish(Arc::new(Line::Lost(Lost { lost, stage, node })));
+            self.state
+                .stream
+                .publish(Arc::new(Line::Lost(Lost { lost, stage, node })));
         }
     }
 }
 
 /// Runs of the drop program that the kernel skipped.
 pub fn missed_drops(totals: &Totals) -> u64 {
-    let drop_programs = totals.programs.iter().filter(|p| p.name.starts_with("kfree_skb"));
+    let drop_programs = totals
+        .programs
+        .iter()
+        .filter(|p| p.name.starts_with("kfree_skb"));
     totals.cpu.missed + drop_programs.map(|p| p.missed).sum::<u64>()
 }

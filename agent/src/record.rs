@@ -137,7 +137,14 @@ impl Record {
     }
 
     /// Counts packets whose flow the kernel maps had no room for.
-    pub fn add_other(&mut self, outcome: Outcome, kind: Kind, reason: Arc<str>, packets: u64, now: Instant) {
+    pub fn add_other(
+        &mut self,
+        outcome: Outcome,
+        kind: Kind,
+        reason: Arc<str>,
+        packets: u64,
+        now: Instant,
+    ) {
         self.add_to(outcome, Pair::Other, kind, reason, packets, now);
     }
 
@@ -160,7 +167,12 @@ impl Record {
             Outcome::Dropped | Outcome::Unanswered => Fate::Dropped,
         };
         *self.node_drops.entry((reason.clone(), fate)).or_default() += packets;
-        let mut series = Series { outcome, pair: Arc::new(pair), kind, reason };
+        let mut series = Series {
+            outcome,
+            pair: Arc::new(pair),
+            kind,
+            reason,
+        };
         if let Some(value) = self.series.get_mut(&series) {
             value.packets += packets;
             value.last = now;
@@ -175,7 +187,11 @@ impl Record {
                 series.pair = Arc::new(Pair::Other);
             }
         }
-        let value = self.series.entry(series).or_insert(Value { packets: 0, last: now, gone: None });
+        let value = self.series.entry(series).or_insert(Value {
+            packets: 0,
+            last: now,
+            gone: None,
+        });
         value.packets += packets;
         value.last = now;
     }
@@ -188,7 +204,14 @@ impl Record {
             _ => None,
         };
         self.series.retain(|series, value| {
-            let Pair::Ends { source, destination, .. } = &*series.pair else { return true };
+            let Pair::Ends {
+                source,
+                destination,
+                ..
+            } = &*series.pair
+            else {
+                return true;
+            };
             let since = match (gone(source), gone(destination)) {
                 (None, None) => Some(value.last),
                 (Some(true), _) | (_, Some(true)) => {
@@ -215,12 +238,16 @@ impl Record {
 
     /// Every series with its packets.
     pub fn series(&self) -> impl Iterator<Item = (&Series, u64)> {
-        self.series.iter().map(|(series, value)| (series, value.packets))
+        self.series
+            .iter()
+            .map(|(series, value)| (series, value.packets))
     }
 
     /// Every packet that the tracepoint reported, by reason and fate.
     pub fn node_drops(&self) -> impl Iterator<Item = (&str, Fate, u64)> {
-        self.node_drops.iter().map(|((reason, fate), packets)| (&**reason, *fate, *packets))
+        self.node_drops
+            .iter()
+            .map(|((reason, fate), packets)| (&**reason, *fate, *packets))
     }
 
     /// Packets that were counted under `__other__` because there were too many series.
@@ -243,7 +270,9 @@ fn pair(event: &Event, detail: Detail) -> Pair {
         workload: (detail != Detail::Namespace)
             .then(|| e.workload.as_ref().map(|w| w.name.clone()))
             .flatten(),
-        node: (e.kind == Some(EndpointKind::Node)).then(|| e.node.clone()).flatten(),
+        node: (e.kind == Some(EndpointKind::Node))
+            .then(|| e.node.clone())
+            .flatten(),
     };
     let first = matches!(event.kind, Kind::Syn | Kind::Dns);
     let declared = event.destination.declared_port
@@ -256,7 +285,9 @@ fn pair(event: &Event, detail: Detail) -> Pair {
             .service
             .as_ref()
             .map(|s| (s.namespace.clone(), s.name.clone())),
-        port: (first || declared).then_some(event.destination.port).flatten(),
+        port: (first || declared)
+            .then_some(event.destination.port)
+            .flatten(),
         protocol: event.protocol,
     }
 }
@@ -314,7 +345,10 @@ mod tests {
         }
         record.add(&event("a", 1), "R".into(), now);
         assert_eq!(record.series().count(), 3);
-        assert_eq!((sum(&record), node(&record), record.overflow_packets()), (41, 41, 20));
+        assert_eq!(
+            (sum(&record), node(&record), record.overflow_packets()),
+            (41, 41, 20)
+        );
         record.add_benign("Q".into(), 5);
         assert_eq!((sum(&record), node(&record)), (41, 46));
     }
@@ -326,13 +360,20 @@ mod tests {
         let at = |s| start + Duration::from_secs(s);
         record.add(&event("a", 3), "R".into(), start);
         record.expire(at(10_000), |_, _| true);
-        assert_eq!(record.series().count(), 1, "a pod that is there keeps its series");
+        assert_eq!(
+            record.series().count(),
+            1,
+            "a pod that is there keeps its series"
+        );
         record.expire(at(10_001), |_, pod| &**pod != "a");
         record.expire(at(10_900), |_, pod| &**pod != "a");
         assert_eq!(record.series().count(), 1);
         record.expire(at(10_902), |_, pod| &**pod != "a");
         assert_eq!(record.series().count(), 0);
-        assert_eq!((record.expired_packets(Outcome::Dropped), node(&record)), (3, 3));
+        assert_eq!(
+            (record.expired_packets(Outcome::Dropped), node(&record)),
+            (3, 3)
+        );
         // Its place is free again.
         record.add(&event("b", 1), "R".into(), at(10_903));
         assert_eq!((record.series().count(), record.overflow_packets()), (1, 0));

@@ -147,7 +147,13 @@ impl State {
                 });
                 match &*series.pair {
                     Pair::Other => row["other"] = true.into(),
-                    Pair::Ends { source, destination, service, port, protocol } => {
+                    Pair::Ends {
+                        source,
+                        destination,
+                        service,
+                        port,
+                        protocol,
+                    } => {
                         row["source"] = serde_json::json!(source);
                         row["destination"] = serde_json::json!(destination);
                         if let Some((namespace, name)) = service {
@@ -168,8 +174,11 @@ impl State {
 
     /// The answer of `/v1/status`.
     pub fn status(&self) -> serde_json::Value {
-        let index: serde_json::Map<_, _> =
-            self.index().counts().map(|(kind, n)| (kind.to_owned(), n.into())).collect();
+        let index: serde_json::Map<_, _> = self
+            .index()
+            .counts()
+            .map(|(kind, n)| (kind.to_owned(), n.into()))
+            .collect();
         let (series, node_drops) = {
             let record = lock(&self.record);
             let mut drops = serde_json::Map::new();
@@ -177,7 +186,12 @@ impl State {
                 let sum = drops.entry(fate.as_str()).or_insert(0.into());
                 *sum = (sum.as_u64().unwrap_or(0) + packets).into();
             }
-            let by_outcome = |outcome| record.series().filter(|(s, _)| s.outcome == outcome).count();
+            let by_outcome = |outcome| {
+                record
+                    .series()
+                    .filter(|(s, _)| s.outcome == outcome)
+                    .count()
+            };
             (
                 serde_json::json!({
                     "silent": by_outcome(Outcome::Dropped),
@@ -232,7 +246,9 @@ impl State {
 
     async fn flush(&self) {
         if let Some(drainer) = self.drainer.get()
-            && tokio::time::timeout(FLUSH_TIMEOUT, drainer.flush()).await.is_err()
+            && tokio::time::timeout(FLUSH_TIMEOUT, drainer.flush())
+                .await
+                .is_err()
         {
             tracing::debug!("the counts were not fetched in time; answering with the last ones");
         }

@@ -28,6 +28,7 @@ use crate::source::drain::{Drained, Drainer, Totals};
 use crate::source::events::{Events, WallClock, pollable};
 use crate::source::load::{self, Loaded};
 use crate::source::symbols::Locator;
+use crate::source::sys;
 use crate::state::{MapStatus, ProgramStatus, State, lock};
 
 /// Generations that wait for the pipeline. The drain thread blocks at the third, and the kernel map
@@ -45,6 +46,7 @@ const END_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// # Errors
 /// What keeps the agent from starting, and what to do.
 pub fn run(args: AgentArgs) -> Result<ExitCode> {
+    sys::keep_heap_small();
     // Two: a scrape that encodes 10,000 series must not hold up the reading of events.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -74,16 +76,24 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let socket = LocalSocket::bind(&args.socket)?;
     let listener = http::listen(args.listen).await?;
     let (objects, _) = Files::open(&args.objects, state.errors.objects.clone())?;
-    write_index(&state, |index| index.load(objects.objects().cloned(), Timestamp::now()));
+    write_index(&state, |index| {
+        index.load(objects.objects().cloned(), Timestamp::now())
+    });
 
     let log = tracing::enabled!(target: "whydrop_programs", tracing::Level::DEBUG);
     let map_memory_bytes = args.map_memory.0;
-    let loaded = tokio::task::spawn_blocking(move || load::load(map_memory_bytes, log))
-        .await
-        .context("loading the programs failed")??;
+    let loaded =
+        tokio::task::spawn_blocking(move || load::load(map_memory_bytes, args.attach, log))
+            .await
+            .context("loading the programs failed")??;
     let (observer, ebpf) = Observer::start(&state, loaded, log)?;
+    sys::release_free_memory();
     let servers = [
-        tokio::spawn(http::serve_metrics(listener, state.clone(), stopped.clone())),
+        tokio::spawn(http::serve_metrics(
+            listener,
+            state.clone(),
+            stopped.clone(),
+        )),
         tokio::spawn(http::serve_local(socket, state.clone(), stopped.clone())),
     ];
     let reload = tokio::spawn({
@@ -138,7 +148,10 @@ async fn serve(args: AgentArgs) -> Result<()> {
 }
 
 fn write_index<T>(state: &State, change: impl FnOnce(&mut crate::cluster::Index) -> T) -> T {
-    let mut index = state.index.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut index = state
+        .index
+        .write()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     change(&mut index)
 }
 
@@ -154,21 +167,40 @@ struct Observer {
 impl Observer {
     /// Starts observing. The eBPF object must be kept: dropping it detaches the programs.
     fn start(state: &Arc<State>, loaded: Loaded, log: bool) -> Result<(Self, aya::Ebpf)> {
-        let Loaded { mut ebpf, maps, events, mut sources, reasons, has_reasons, budget, programs } =
-            loaded;
+        let Loaded {
+            mut ebpf,
+            maps,
+            events,
+            mut sources,
+            reasons,
+            has_reasons,
+            budget,
+            programs,
+        } = loaded;
         if log {
             forward_messages(&mut ebpf)?;
         }
         let mut locator = Locator::new();
         sources.push(locator.status());
         for source in sources.iter().filter(|s| !s.up) {
-            let (why, lost) = (source.why.as_deref().unwrap_or(""), source.lost.unwrap_or(""));
+            let (why, lost) = (
+                source.why.as_deref().unwrap_or(""),
+                source.lost.unwrap_or(""),
+            );
             tracing::warn!(source = source.source, why, lost, "a source does not work");
         }
         let knows_neighbours = sources.iter().any(|s| s.source == "neighbour" && s.up);
-        let benign = reasons.iter().filter(|(_, name)| is_always_benign(name)).map(|(n, _)| *n);
-        let benign = benign.filter(|n| (*n as usize) < whydrop_ebpf::REASONS).collect();
-        *lock(&state.status) = crate::state::Status { sources, ..Default::default() };
+        let benign = reasons
+            .iter()
+            .filter(|(_, name)| is_always_benign(name))
+            .map(|(n, _)| *n);
+        let benign = benign
+            .filter(|n| (*n as usize) < whydrop_ebpf::REASONS)
+            .collect();
+        *lock(&state.status) = crate::state::Status {
+            sources,
+            ..Default::default()
+        };
 
         let (sender, drained) = mpsc::channel(DRAINED_QUEUE);
         let drainer = Drainer::start(maps, programs, benign, budget.events_per_cpu(), sender)
@@ -177,7 +209,10 @@ impl Observer {
         let _ = state.drainer.set(drainer);
         state.observing.store(true, Ordering::Relaxed);
         let decoder = Decoder::new(
-            Names { reasons, has_reasons },
+            Names {
+                reasons,
+                has_reasons,
+            },
             Box::new(move |address| locator.name(address)),
         );
         Ok((
@@ -223,14 +258,24 @@ impl Observer {
     fn read_events(&mut self, at_most: usize) {
         let clock = WallClock::now();
         for _ in 0..at_most {
-            let Some(event) = self.events.next() else { break };
+            let Some(event) = self.events.next() else {
+                break;
+            };
             self.pipeline.event(&event, |boot_ns| clock.at(boot_ns));
         }
-        self.state.errors.decode.store(self.events.malformed, Ordering::Relaxed);
+        self.state
+            .errors
+            .decode
+            .store(self.events.malformed, Ordering::Relaxed);
     }
 
     fn note(&self, drained: &Drained) {
-        let Totals { cpu, overflow, programs, .. } = &drained.totals;
+        let Totals {
+            cpu,
+            overflow,
+            programs,
+            ..
+        } = &drained.totals;
         let mut status = lock(&self.state.status);
         status.ring_full = cpu.ring_full;
         status.overflow_packets = cpu.overflow;

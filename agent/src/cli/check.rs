@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::cli::config::{CheckArgs, ReportOutput};
-use crate::source::load::{self, DROPS, SourceStatus};
+use crate::source::load::{self, Attach, DROPS, SourceStatus};
 use crate::source::symbols::Locator;
 
 /// Enough for every program to load; nothing is counted for longer than the check takes.
@@ -19,7 +19,7 @@ const MAP_MEMORY_BYTES: u64 = 4 << 20;
 /// # Errors
 /// If the report cannot be written.
 pub fn run(args: CheckArgs) -> Result<ExitCode> {
-    let (sources, problem) = match load::load(MAP_MEMORY_BYTES, false) {
+    let (sources, problem) = match load::load(MAP_MEMORY_BYTES, Attach::Auto, false) {
         Ok(loaded) => (loaded.sources.clone(), None),
         Err(error) => (Vec::new(), Some(format!("{error:#}"))),
     };
@@ -38,8 +38,14 @@ pub fn run(args: CheckArgs) -> Result<ExitCode> {
             serde_json::to_string_pretty(&report).context("cannot write the report")? + "\n"
         }
     };
-    std::io::stdout().write_all(report.as_bytes()).context("cannot write the report")?;
-    Ok(if problem.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    std::io::stdout()
+        .write_all(report.as_bytes())
+        .context("cannot write the report")?;
+    Ok(if problem.is_none() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// What each source is, for someone who has not read the design.
@@ -68,7 +74,11 @@ fn text(sources: &[SourceStatus], problem: Option<&str>) -> String {
     text += "\n\n";
     for source in sources {
         let mark = if source.up { "ok " } else { "NO " };
-        text += &format!("  {mark} {:<22} {}\n", source.source, meaning(source.source));
+        text += &format!(
+            "  {mark} {:<22} {}\n",
+            source.source,
+            meaning(source.source)
+        );
         if let Some(hook) = &source.hook {
             text += &format!("      {:<22} by {hook}\n", "");
         }
@@ -114,7 +124,15 @@ mod tests {
         let bad = text(&[source(DROPS, false)], Some("no BTF"));
         assert!(bad.contains("CANNOT") && bad.contains("no BTF"), "{bad}");
         assert!(bad.contains("without it: no drop is observed"));
-        for name in [DROPS, "told_icmp", "told_reset", "neighbour", load::SERVICES, load::REASONS_SOURCE, "locations"] {
+        for name in [
+            DROPS,
+            "told_icmp",
+            "told_reset",
+            "neighbour",
+            load::SERVICES,
+            load::REASONS_SOURCE,
+            "locations",
+        ] {
             assert!(!meaning(name).is_empty(), "{name}");
         }
     }

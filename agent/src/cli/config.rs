@@ -16,6 +16,7 @@ use crate::cli::format::TimeFormat;
 use crate::cli::units::{Size, duration};
 use crate::output::query::Since;
 use crate::selection::{Flag, Selection};
+use crate::source::load::Attach;
 
 /// Where the agent's local API is, unless `--socket` says otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/whydrop/agent.sock";
@@ -135,6 +136,16 @@ pub struct AgentArgs {
         help_heading = "Limits"
     )]
     pub map_memory: Size,
+
+    /// How programs are attached: `raw_tp` avoids the trampolines of `tp_btf`, at a higher cost
+    #[arg(
+        long,
+        value_name = "HOW",
+        default_value = "auto",
+        env = "WHYDROP_ATTACH",
+        help_heading = "Kernel"
+    )]
+    pub attach: Attach,
 }
 
 impl AgentArgs {

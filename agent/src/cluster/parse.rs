@@ -57,7 +57,11 @@ enum Fields {
 /// The object lacks `kind` or a name, or a used field has the wrong type or form.
 pub fn parse(value: &Value, list: Option<(&str, &str)>) -> Result<Option<Parsed>, Malformed> {
     let field = |name: &str| value.get(name).and_then(Value::as_str);
-    let inherited = list.and_then(|(api, kind)| Some((api, kind.strip_suffix("List")?)));
+    // The items of a plain `List` must say themselves what they are.
+    let inherited = list.and_then(|(api, kind)| {
+        let kind = kind.strip_suffix("List").filter(|kind| !kind.is_empty())?;
+        Some((api, kind))
+    });
     let kind = field("kind").or(inherited.map(|(_, kind)| kind));
     let api_version = field("apiVersion").or(inherited.map(|(api, _)| api));
     let malformed = |message: String| {

@@ -54,7 +54,13 @@ const fn row(
     class: Class,
     why: &'static str,
 ) -> Row {
-    Row { reason, location, when, class, why }
+    Row {
+        reason,
+        location,
+        when,
+        class,
+        why,
+    }
 }
 
 use Class::{Benign, Rejected};
@@ -109,6 +115,8 @@ const TABLE: &[Row] = &[
     row("", "packet_rcv*", Always, Benign, "a packet socket's own copy (6.1: NOT_SPECIFIED)"),
     row("", "tpacket_rcv", Always, Benign, "a packet socket's own copy (6.1: NOT_SPECIFIED)"),
     row("", "ping_rcv", Icmp, Benign, "an echo reply for a raw-socket ping (5.10)"),
+    row("", "icmp_rcv", Icmp, Benign, "an ICMP message that was taken, or that nobody waits for (5.10)"),
+    row("", "icmpv6_rcv", Icmp, Benign, "as icmp_rcv"),
     row("", "unix_*", NotIp, Benign, "a Unix socket, no packet of the network"),
     row("", "netlink_*", NotIp, Benign, "a netlink message, no packet of the network"),
     row("", "arp_*", NotIp, Benign, "an ARP message that asks or tells nothing new (arp_process, 6.18)"),
@@ -131,10 +139,7 @@ pub fn classify(reason: Option<&str>, location: Option<&str>, key: &FlowKey) -> 
 /// Whether a reason alone makes a drop benign, so that the programs need not look at the packet.
 pub fn is_always_benign(reason: &str) -> bool {
     TABLE.iter().any(|row| {
-        row.reason == reason
-            && row.location.is_empty()
-            && row.when == Always
-            && row.class == Benign
+        row.reason == reason && row.location.is_empty() && row.when == Always && row.class == Benign
     })
 }
 
@@ -182,7 +187,12 @@ mod tests {
     use super::*;
 
     fn tcp(kind: u8) -> FlowKey {
-        FlowKey { ip_version: 4, protocol: 6, kind, ..FlowKey::default() }
+        FlowKey {
+            ip_version: 4,
+            protocol: 6,
+            kind,
+            ..FlowKey::default()
+        }
     }
 
     #[test]
@@ -191,14 +201,26 @@ mod tests {
             classify(Some("NETFILTER_DROP"), Some("nft_do_chain"), &tcp(KIND_SYN)),
             Class::Silent
         );
-        assert_eq!(classify(Some("NO_SOCKET"), Some("tcp_v4_rcv"), &tcp(KIND_SYN)), Class::Rejected);
-        assert_eq!(classify(Some("NO_SOCKET"), Some("tcp_v4_rcv"), &tcp(KIND_PACKET)), Class::Benign);
-        assert_eq!(classify(None, Some("tcp_v4_rcv"), &tcp(KIND_SYN)), Class::Rejected);
+        assert_eq!(
+            classify(Some("NO_SOCKET"), Some("tcp_v4_rcv"), &tcp(KIND_SYN)),
+            Class::Rejected
+        );
+        assert_eq!(
+            classify(Some("NO_SOCKET"), Some("tcp_v4_rcv"), &tcp(KIND_PACKET)),
+            Class::Benign
+        );
+        assert_eq!(
+            classify(None, Some("tcp_v4_rcv"), &tcp(KIND_SYN)),
+            Class::Rejected
+        );
     }
 
     #[test]
     fn an_unknown_reason_is_silent() {
-        assert_eq!(classify(Some("SOMETHING_NEW"), Some("tcp_v4_rcv"), &tcp(KIND_PACKET)), Class::Silent);
+        assert_eq!(
+            classify(Some("SOMETHING_NEW"), Some("tcp_v4_rcv"), &tcp(KIND_PACKET)),
+            Class::Silent
+        );
         assert_eq!(classify(None, None, &tcp(KIND_PACKET)), Class::Silent);
         assert!(!is_always_benign("SOMETHING_NEW"));
         assert!(!is_always_benign("NO_SOCKET"));
@@ -229,14 +251,23 @@ mod tests {
     #[test]
     fn every_row_says_why_and_none_is_hidden_by_an_earlier_one() {
         for (i, row) in TABLE.iter().enumerate() {
-            assert!(row.why.len() > 8, "{} at {} has no reason", row.reason, row.location);
+            assert!(
+                row.why.len() > 8,
+                "{} at {} has no reason",
+                row.reason,
+                row.location
+            );
             let hidden = TABLE[..i].iter().any(|r| {
                 r.reason == row.reason
                     && (r.location.is_empty() || r.location == row.location)
                     && (r.when == Always || r.when == row.when)
             });
             // The row for ping_rcv stands before the general one, all others are distinct.
-            assert!(!hidden, "{} at {} is never reached", row.reason, row.location);
+            assert!(
+                !hidden,
+                "{} at {} is never reached",
+                row.reason, row.location
+            );
         }
     }
 }

@@ -14,7 +14,12 @@ const NAME_BYTES: usize = 255;
 /// printable ASCII are written `\DDD` as in zone files (RFC 1035, 5.1), so that a name can be shown
 /// on a terminal.
 pub fn question(payload: &[u8]) -> Option<DnsQuestion> {
-    let word = |at: usize| Some(u16::from_be_bytes([*payload.get(at)?, *payload.get(at + 1)?]));
+    let word = |at: usize| {
+        Some(u16::from_be_bytes([
+            *payload.get(at)?,
+            *payload.get(at + 1)?,
+        ]))
+    };
     let (id, flags, questions) = (word(0)?, word(2)?, word(4)?);
     // QR set: an answer.
     if flags & 0x8000 != 0 || questions == 0 {
@@ -44,7 +49,11 @@ pub fn question(payload: &[u8]) -> Option<DnsQuestion> {
     if name.is_empty() {
         name.push('.');
     }
-    Some(DnsQuestion { name, qtype: type_name(word(at)?), id })
+    Some(DnsQuestion {
+        name,
+        qtype: type_name(word(at)?),
+        id,
+    })
 }
 
 /// IANA's registry of resource record types, those that clients ask for; others as RFC 3597 has it.
@@ -90,10 +99,17 @@ mod tests {
 
     #[test]
     fn reads_a_query() {
-        let q = question(&query(&[b"db", b"shop", b"svc", b"cluster", b"local"], 28)).expect("a query");
-        assert_eq!((q.name.as_str(), q.qtype.as_str(), q.id), ("db.shop.svc.cluster.local.", "AAAA", 0x1267));
+        let q =
+            question(&query(&[b"db", b"shop", b"svc", b"cluster", b"local"], 28)).expect("a query");
+        assert_eq!(
+            (q.name.as_str(), q.qtype.as_str(), q.id),
+            ("db.shop.svc.cluster.local.", "AAAA", 0x1267)
+        );
         assert_eq!(question(&query(&[], 2)).expect("the root").name, ".");
-        assert_eq!(question(&query(&[b"x"], 65280)).expect("private").qtype, "TYPE65280");
+        assert_eq!(
+            question(&query(&[b"x"], 65280)).expect("private").qtype,
+            "TYPE65280"
+        );
     }
 
     #[test]

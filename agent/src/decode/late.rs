@@ -24,7 +24,12 @@ const MAX_HELD: usize = 100_000;
 type AnsweredFlow = ([u8; 16], [u8; 16], u8, u16);
 
 fn answered_flow(key: &FlowKey) -> AnsweredFlow {
-    (key.source, key.destination, key.protocol, key.destination_port)
+    (
+        key.source,
+        key.destination,
+        key.protocol,
+        key.destination_port,
+    )
 }
 
 /// Packets of one flow that are ready to be published.
@@ -72,7 +77,10 @@ pub struct Late {
 impl Late {
     /// `knows_neighbours`: waiting for a neighbour is observed.
     pub fn new(knows_neighbours: bool) -> Self {
-        Self { always: !knows_neighbours, ..Self::default() }
+        Self {
+            always: !knows_neighbours,
+            ..Self::default()
+        }
     }
 
     /// Whether anything waits, so that [`Self::settle`] has to be called again soon.
@@ -109,10 +117,25 @@ impl Late {
             if key.kind == KIND_ANSWER {
                 continue;
             }
-            let told = (u64::from(count.told_named) + u64::from(count.told_seen)).min(count.packets);
-            let mut ready = Settled { key: *key, untold: count.packets - told, told, until };
-            if ready.untold > 0 && resolving && may_be_answered_late(key) && self.held.len() < MAX_HELD {
-                self.held.push(Held { key: *key, untold: ready.untold, counted: now, until });
+            let told =
+                (u64::from(count.told_named) + u64::from(count.told_seen)).min(count.packets);
+            let mut ready = Settled {
+                key: *key,
+                untold: count.packets - told,
+                told,
+                until,
+            };
+            if ready.untold > 0
+                && resolving
+                && may_be_answered_late(key)
+                && self.held.len() < MAX_HELD
+            {
+                self.held.push(Held {
+                    key: *key,
+                    untold: ready.untold,
+                    counted: now,
+                    until,
+                });
                 ready.untold = 0;
             }
             if ready.untold + ready.told > 0 {
@@ -121,7 +144,9 @@ impl Late {
         }
         self.release(now, &mut settled);
         self.answers.retain(|_, b| {
-            b.now != 0 && b.used.is_some_and(|used| now.duration_since(used) < 2 * HOLD)
+            b.now != 0
+                && b.used
+                    .is_some_and(|used| now.duration_since(used) < 2 * HOLD)
                 || b.before != b.now
         });
         settled
@@ -152,12 +177,19 @@ impl Late {
     fn publish(&mut self, held: Held, settled: &mut Vec<Settled>) {
         let mut told = 0;
         if let Some(balance) = self.answers.get_mut(&answered_flow(&held.key)) {
-            told = u64::try_from(balance.now.min(balance.before)).unwrap_or(0).min(held.untold);
+            told = u64::try_from(balance.now.min(balance.before))
+                .unwrap_or(0)
+                .min(held.untold);
             let taken = i64::try_from(told).unwrap_or(0);
             balance.now -= taken;
             balance.before -= taken;
         }
-        settled.push(Settled { key: held.key, untold: held.untold - told, told, until: held.until });
+        settled.push(Settled {
+            key: held.key,
+            untold: held.untold - told,
+            told,
+            until: held.until,
+        });
     }
 }
 
@@ -186,22 +218,36 @@ mod tests {
     }
 
     fn answer(last: u8) -> FlowKey {
-        FlowKey { kind: KIND_ANSWER, reason: 0, ..flow(last) }
+        FlowKey {
+            kind: KIND_ANSWER,
+            reason: 0,
+            ..flow(last)
+        }
     }
 
     fn count(packets: u64, told_seen: u32) -> FlowCount {
-        FlowCount { packets, told_seen, ..FlowCount::default() }
+        FlowCount {
+            packets,
+            told_seen,
+            ..FlowCount::default()
+        }
     }
 
     fn sum(settled: &[Settled]) -> (u64, u64) {
-        settled.iter().fold((0, 0), |(u, t), s| (u + s.untold, t + s.told))
+        settled
+            .iter()
+            .fold((0, 0), |(u, t), s| (u + s.untold, t + s.told))
     }
 
     #[test]
     fn without_a_neighbour_to_wait_for_all_is_published_at_once() {
         let mut late = Late::new(true);
-        let settled =
-            late.settle(&[(flow(1), count(10, 3)), (answer(1), count(0, 3))], 0, Timestamp::now(), Instant::now());
+        let settled = late.settle(
+            &[(flow(1), count(10, 3)), (answer(1), count(0, 3))],
+            0,
+            Timestamp::now(),
+            Instant::now(),
+        );
         assert_eq!(sum(&settled), (7, 3));
         assert!(!late.is_waiting());
     }
@@ -212,9 +258,20 @@ mod tests {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let now = Timestamp::now();
-        assert_eq!(sum(&late.settle(&[(flow(1), count(200, 0)), (flow(2), count(5, 0))], 1, now, at(0))), (0, 0));
+        assert_eq!(
+            sum(&late.settle(
+                &[(flow(1), count(200, 0)), (flow(2), count(5, 0))],
+                1,
+                now,
+                at(0)
+            )),
+            (0, 0)
+        );
         assert!(late.is_waiting());
-        assert_eq!(sum(&late.settle(&[(answer(1), count(0, 198))], 1, now, at(1_200))), (0, 0));
+        assert_eq!(
+            sum(&late.settle(&[(answer(1), count(0, 198))], 1, now, at(1_200))),
+            (0, 0)
+        );
         let settled = late.settle(&[], 1, now, at(3_300));
         // 198 of the first flow were told; its other two and the second flow were not.
         assert_eq!(sum(&settled), (7, 198));
@@ -237,9 +294,21 @@ mod tests {
     #[test]
     fn udp_over_ipv4_never_waits_and_the_end_publishes_everything() {
         let mut late = Late::new(false);
-        let udp = FlowKey { protocol: 17, kind: KIND_PACKET, ..flow(1) };
+        let udp = FlowKey {
+            protocol: 17,
+            kind: KIND_PACKET,
+            ..flow(1)
+        };
         let now = Timestamp::now();
-        assert_eq!(sum(&late.settle(&[(udp, count(3, 0)), (flow(1), count(5, 0))], 0, now, Instant::now())), (3, 0));
+        assert_eq!(
+            sum(&late.settle(
+                &[(udp, count(3, 0)), (flow(1), count(5, 0))],
+                0,
+                now,
+                Instant::now()
+            )),
+            (3, 0)
+        );
         late.settle(&[(answer(1), count(0, 2))], 0, now, Instant::now());
         assert_eq!(sum(&late.finish()), (3, 2));
         assert!(!late.is_waiting());

@@ -79,7 +79,10 @@ impl Names {
     /// The reason's name, `#123` for a number without one, `None` on kernels without reasons.
     pub fn reason(&self, number: u32) -> Option<Arc<str>> {
         self.has_reasons.then(|| {
-            self.reasons.get(&number).cloned().unwrap_or_else(|| Arc::from(format!("#{number}")))
+            self.reasons
+                .get(&number)
+                .cloned()
+                .unwrap_or_else(|| Arc::from(format!("#{number}")))
         })
     }
 }
@@ -98,7 +101,12 @@ pub struct Decoder {
 impl Decoder {
     /// A decoder that has seen nothing yet.
     pub fn new(names: Names, locate: Locate) -> Self {
-        Self { names, locate, locations: HashMap::new(), interfaces: HashMap::new() }
+        Self {
+            names,
+            locate,
+            locations: HashMap::new(),
+            interfaces: HashMap::new(),
+        }
     }
 
     /// The kernel's name of a reason.
@@ -108,7 +116,10 @@ impl Decoder {
 
     /// The function at an address. The kernel has some hundred places that free packets.
     pub fn location(&mut self, address: u64) -> Option<Arc<str>> {
-        self.locations.entry(address).or_insert_with(|| (self.locate)(address)).clone()
+        self.locations
+            .entry(address)
+            .or_insert_with(|| (self.locate)(address))
+            .clone()
     }
 
     /// What reason and place say about packets of a flow.
@@ -119,7 +130,13 @@ impl Decoder {
     }
 
     /// `packets` of a flow as one drop; what only an event knows is absent.
-    pub fn counted(&mut self, key: &FlowKey, outcome: Outcome, packets: u64, time: Timestamp) -> Drop {
+    pub fn counted(
+        &mut self,
+        key: &FlowKey,
+        outcome: Outcome,
+        packets: u64,
+        time: Timestamp,
+    ) -> Drop {
         Drop {
             time,
             kind: kind(key.kind),
@@ -150,8 +167,8 @@ impl Decoder {
         self.learn_interface(event);
         let mut drop = self.counted(&event.key, outcome, 1, wall(event.boot_ns));
         if let Some(flow) = &mut drop.flow {
-            flow.source_port = (flow.protocol.has_ports() && event.source_port != 0)
-                .then_some(event.source_port);
+            flow.source_port =
+                (flow.protocol.has_ports() && event.source_port != 0).then_some(event.source_port);
             if flow.protocol == Protocol::TCP && event.tcp_flags != 0 {
                 drop.tcp_flags = Some(event.tcp_flags);
             }
@@ -162,7 +179,9 @@ impl Decoder {
 
     fn learn_interface(&mut self, event: &DropEvent) {
         let name = event.device.split(|b| *b == 0).next().unwrap_or_default();
-        let Ok(name) = std::str::from_utf8(name) else { return };
+        let Ok(name) = std::str::from_utf8(name) else {
+            return;
+        };
         if name.is_empty() {
             return;
         }
@@ -184,7 +203,8 @@ fn question(event: &DropEvent, flow: &Flow) -> Option<DnsQuestion> {
     let len = usize::from(event.snap_len).min(event.snap.len());
     let packet = asks.then(|| packet::parse(&event.snap[..len]))??;
     // The programs and this parser must have found the same packet.
-    (packet.source == flow.source && packet.destination == flow.destination).then_some(packet.dns)?
+    (packet.source == flow.source && packet.destination == flow.destination)
+        .then_some(packet.dns)?
 }
 
 pub(crate) fn kind(kind: u8) -> Kind {
@@ -217,7 +237,10 @@ pub fn flow(key: &FlowKey) -> Option<Flow> {
         destination_port: (protocol.has_ports() && port != 0).then_some(port),
         protocol,
         original_destination: (key.original_destination != [0; 16]).then(|| {
-            (address(&key.original_destination, key.ip_version), key.original_destination_port)
+            (
+                address(&key.original_destination, key.ip_version),
+                key.original_destination_port,
+            )
         }),
         icmp: is_icmp.then(|| {
             let [icmp_type, code] = port.to_be_bytes();
@@ -233,9 +256,16 @@ mod tests {
     use super::*;
 
     fn decoder() -> Decoder {
-        let reasons = [(2, "NOT_SPECIFIED"), (12, "NETFILTER_DROP"), (3, "NO_SOCKET")];
+        let reasons = [
+            (2, "NOT_SPECIFIED"),
+            (12, "NETFILTER_DROP"),
+            (3, "NO_SOCKET"),
+        ];
         let names = Names {
-            reasons: reasons.into_iter().map(|(n, s)| (n, Arc::from(s))).collect(),
+            reasons: reasons
+                .into_iter()
+                .map(|(n, s)| (n, Arc::from(s)))
+                .collect(),
             has_reasons: true,
         };
         Decoder::new(
@@ -277,13 +307,18 @@ mod tests {
     #[test]
     fn an_event_in_full() {
         let mut decoder = decoder();
-        let drop = decoder.event(&event(), |_| Timestamp::UNIX_EPOCH).expect("a loss");
+        let drop = decoder
+            .event(&event(), |_| Timestamp::UNIX_EPOCH)
+            .expect("a loss");
         assert_eq!(drop.outcome, Outcome::Dropped);
         assert_eq!(drop.kind, Kind::Syn);
         assert_eq!(drop.tcp_flags, Some(2));
         let flow = drop.flow.expect("IP");
         assert_eq!(flow.source, IpAddr::from([10, 0, 0, 1]));
-        assert_eq!((flow.source_port, flow.destination_port), (Some(41612), Some(5432)));
+        assert_eq!(
+            (flow.source_port, flow.destination_port),
+            (Some(41612), Some(5432))
+        );
         assert_eq!(drop.site.reason.as_deref(), Some("NETFILTER_DROP"));
         assert_eq!(drop.site.location.as_deref(), Some("nft_do_chain"));
         assert_eq!(drop.site.interface.as_deref(), Some("veth0"));
@@ -296,8 +331,13 @@ mod tests {
     #[test]
     fn told_is_rejected_and_benign_is_no_event() {
         let mut decoder = decoder();
-        let told = DropEvent { told: TOLD_SEEN, ..event() };
-        let drop = decoder.event(&told, |_| Timestamp::UNIX_EPOCH).expect("a loss");
+        let told = DropEvent {
+            told: TOLD_SEEN,
+            ..event()
+        };
+        let drop = decoder
+            .event(&told, |_| Timestamp::UNIX_EPOCH)
+            .expect("a loss");
         assert_eq!(drop.outcome, Outcome::Rejected);
         let mut benign = event();
         benign.key.reason = 3;
@@ -308,15 +348,24 @@ mod tests {
     #[test]
     fn an_unknown_number_is_shown_as_a_number() {
         assert_eq!(decoder().reason(0x5_0001).as_deref(), Some("#327681"));
-        let old = Names { reasons: HashMap::new(), has_reasons: false };
+        let old = Names {
+            reasons: HashMap::new(),
+            has_reasons: false,
+        };
         assert_eq!(old.reason(0), None);
     }
 
     #[test]
     fn what_is_no_ip_packet_has_no_flow() {
         let mut arp = event();
-        arp.key = FlowKey { reason: 2, ip_version: 0, ..FlowKey::default() };
-        let drop = decoder().event(&arp, |_| Timestamp::UNIX_EPOCH).expect("counted");
+        arp.key = FlowKey {
+            reason: 2,
+            ip_version: 0,
+            ..FlowKey::default()
+        };
+        let drop = decoder()
+            .event(&arp, |_| Timestamp::UNIX_EPOCH)
+            .expect("counted");
         assert_eq!(drop.flow, None);
         assert_eq!(drop.site.netns, None);
     }

@@ -42,9 +42,16 @@ pub struct Packet {
 pub fn parse(bytes: &[u8]) -> Option<Packet> {
     let (mut packet, mut payload) = ip(bytes)?;
     for _ in 0..TUNNELS {
-        let Some(inside) = inner(&packet, payload) else { break };
-        let Some((next, rest)) = ip(inside) else { break };
-        packet = Packet { encapsulated: true, ..next };
+        let Some(inside) = inner(&packet, payload) else {
+            break;
+        };
+        let Some((next, rest)) = ip(inside) else {
+            break;
+        };
+        packet = Packet {
+            encapsulated: true,
+            ..next
+        };
         payload = rest;
     }
     packet.dns = match (packet.protocol, packet.ports) {
@@ -115,7 +122,10 @@ fn inner<'a>(packet: &Packet, payload: &'a [u8]) -> Option<&'a [u8]> {
             if flags & 7 != 0 {
                 return None;
             }
-            let optional = [15, 13, 12].iter().filter(|bit| flags >> *bit & 1 == 1).count();
+            let optional = [15, 13, 12]
+                .iter()
+                .filter(|bit| flags >> *bit & 1 == 1)
+                .count();
             behind_ethertype(payload.get(4 + 4 * optional..)?, be16(payload, 2)?)
         }
         // RFC 8926, section 3.4.

@@ -39,7 +39,9 @@ fn counters<'v>(
 ) -> fmt::Result {
     let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
     for (labels, value) in rows {
-        each(&mut metric, &labels, |m| m.encode_counter::<NoLabelSet, _, u64>(&value, None))?;
+        each(&mut metric, &labels, |m| {
+            m.encode_counter::<NoLabelSet, _, u64>(&value, None)
+        })?;
     }
     Ok(())
 }
@@ -61,7 +63,11 @@ fn each(
     labels: &Labels<'_>,
     encode: impl FnOnce(&mut MetricEncoder<'_>) -> fmt::Result,
 ) -> fmt::Result {
-    if labels.is_empty() { encode(metric) } else { encode(&mut metric.encode_family(labels)?) }
+    if labels.is_empty() {
+        encode(metric)
+    } else {
+        encode(&mut metric.encode_family(labels)?)
+    }
 }
 
 fn one<'v>(label: &'static str, value: impl Into<Cow<'v, str>>) -> Labels<'v> {
@@ -77,7 +83,10 @@ impl Collector for Metrics {
         gauges(
             &mut encoder,
             ("whydrop_index_objects", "Kubernetes objects known, by kind"),
-            state.index().counts().map(|(kind, n)| (one("kind", kind), n as u64)),
+            state
+                .index()
+                .counts()
+                .map(|(kind, n)| (one("kind", kind), n as u64)),
         )?;
         let mut info = encoder.encode_descriptor(
             "whydrop_build",
@@ -97,7 +106,10 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Record) -> fmt::Result {
     for (outcome, named) in [
         (
             Outcome::Dropped,
-            ("whydrop_silent_drops", "Packets dropped on this node without telling the sender"),
+            (
+                "whydrop_silent_drops",
+                "Packets dropped on this node without telling the sender",
+            ),
         ),
         (
             Outcome::Rejected,
@@ -107,8 +119,14 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Record) -> fmt::Result {
             ),
         ),
     ] {
-        let rows = record.series().filter(|(series, _)| series.outcome == outcome);
-        counters(encoder, named, rows.map(|(series, packets)| (pair_labels(series), packets)))?;
+        let rows = record
+            .series()
+            .filter(|(series, _)| series.outcome == outcome);
+        counters(
+            encoder,
+            named,
+            rows.map(|(series, packets)| (pair_labels(series), packets)),
+        )?;
     }
     counters(
         encoder,
@@ -117,7 +135,10 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Record) -> fmt::Result {
             "Every packet that the kernel's kfree_skb tracepoint reported on this node",
         ),
         record.node_drops().map(|(reason, fate, packets)| {
-            (vec![("reason", reason.into()), ("outcome", fate.as_str().into())], packets)
+            (
+                vec![("reason", reason.into()), ("outcome", fate.as_str().into())],
+                packets,
+            )
         }),
     )?;
     gauges(
@@ -141,7 +162,10 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Record) -> fmt::Result {
              to whydrop_node_drops_total",
         ),
         [Outcome::Dropped, Outcome::Rejected].map(|outcome| {
-            (one("outcome", outcome.as_str()), record.expired_packets(outcome))
+            (
+                one("outcome", outcome.as_str()),
+                record.expired_packets(outcome),
+            )
         }),
     )
 }
@@ -181,7 +205,10 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
     counters(
         encoder,
         ("whydrop_errors", "What could not be read or done, by stage"),
-        state.errors.counts().map(|(stage, n)| (one("stage", stage), n)),
+        state
+            .errors
+            .counts()
+            .map(|(stage, n)| (one("stage", stage), n)),
     )
 }
 
@@ -189,13 +216,25 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
 fn sources(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
     gauges(
         encoder,
-        ("whydrop_source_up", "1 if this source of observations works"),
-        status.sources.iter().map(|s| (one("source", s.source), u64::from(s.up))),
+        (
+            "whydrop_source_up",
+            "1 if this source of observations works",
+        ),
+        status
+            .sources
+            .iter()
+            .map(|s| (one("source", s.source), u64::from(s.up))),
     )?;
     counters(
         encoder,
-        ("whydrop_bpf_runs", "Runs of each eBPF program (0 unless kernel.bpf_stats_enabled is 1)"),
-        status.programs.iter().map(|p| (one("program", &*p.name), p.runs)),
+        (
+            "whydrop_bpf_runs",
+            "Runs of each eBPF program (0 unless kernel.bpf_stats_enabled is 1)",
+        ),
+        status
+            .programs
+            .iter()
+            .map(|p| (one("program", &*p.name), p.runs)),
     )?;
     let mut seconds = encoder.encode_descriptor(
         "whydrop_bpf_run_seconds",
@@ -210,12 +249,18 @@ fn sources(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result 
     }
     gauges(
         encoder,
-        ("whydrop_map_entries", "Keys in a kernel map when it was last fetched"),
+        (
+            "whydrop_map_entries",
+            "Keys in a kernel map when it was last fetched",
+        ),
         status.maps.iter().map(|m| (one("map", m.map), m.entries)),
     )?;
     gauges(
         encoder,
-        ("whydrop_map_capacity", "Keys that a kernel map has room for"),
+        (
+            "whydrop_map_capacity",
+            "Keys that a kernel map has room for",
+        ),
         status.maps.iter().map(|m| (one("map", m.map), m.capacity)),
     )
 }
@@ -225,7 +270,13 @@ fn pair_labels(series: &Series) -> Labels<'_> {
     let mut labels: Labels<'_> = Vec::with_capacity(15);
     match &*series.pair {
         Pair::Other => labels.extend(PAIR_LABELS.map(|name| (name, Cow::from("__other__")))),
-        Pair::Ends { source, destination, service, port, protocol } => {
+        Pair::Ends {
+            source,
+            destination,
+            service,
+            port,
+            protocol,
+        } => {
             let ends = [source, destination].into_iter().flat_map(|end: &End| {
                 [
                     Cow::from(end.kind.map_or("", |kind| kind.as_str())),
@@ -236,7 +287,9 @@ fn pair_labels(series: &Series) -> Labels<'_> {
                 ]
             });
             let rest = [
-                service.as_ref().map_or(Cow::from(""), |(ns, name)| format!("{ns}/{name}").into()),
+                service
+                    .as_ref()
+                    .map_or(Cow::from(""), |(ns, name)| format!("{ns}/{name}").into()),
                 port.map_or(Cow::from(""), |port| port.to_string().into()),
                 protocol.map_or(Cow::from(""), |protocol| protocol.to_string().into()),
             ];

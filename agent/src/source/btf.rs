@@ -27,7 +27,9 @@ pub enum BtfError {
         source: btf_rs::Error,
     },
     /// A field without which no packet can be read.
-    #[error("the kernel's type information has no {0}; this kernel's sk_buff is not known to whydrop")]
+    #[error(
+        "the kernel's type information has no {0}; this kernel's sk_buff is not known to whydrop"
+    )]
     Field(&'static str),
 }
 
@@ -60,7 +62,10 @@ fn open(path: &Path) -> Result<Btf, BtfError> {
     // Mapping the file needs Linux 6.16; it spares some 20 MB of parsed types.
     Btf::from_file_with_backend(path, Backend::Mmap)
         .or_else(|_| Btf::from_file_with_backend(path, Backend::Cache))
-        .map_err(|source| BtfError::Read { path: path.display().to_string(), source })
+        .map_err(|source| BtfError::Read {
+            path: path.display().to_string(),
+            source,
+        })
 }
 
 fn from_btf(btf: &Btf) -> Result<KernelTypes, BtfError> {
@@ -104,7 +109,11 @@ fn from_btf(btf: &Btf) -> Result<KernelTypes, BtfError> {
     }
     let mut reasons = HashMap::new();
     add_reasons(btf, &mut reasons);
-    Ok(KernelTypes { offsets, reasons, missing })
+    Ok(KernelTypes {
+        offsets,
+        reasons,
+        missing,
+    })
 }
 
 /// Whether the tracepoint passes a reason: `void *`, `skb`, `location`, then `reason`.
@@ -121,24 +130,29 @@ fn has_reason(btf: &Btf) -> bool {
 /// Compares [`TupleHash`] with the kernel's layout.
 fn tuple_is_as_expected(btf: &Btf) -> bool {
     let at = |path, field: usize| offset(btf, path) == u32::try_from(field).ok();
-    at("nf_conntrack_tuple_hash.tuple.src.u3", std::mem::offset_of!(TupleHash, source.address))
-        && at("nf_conntrack_tuple_hash.tuple.src.u", std::mem::offset_of!(TupleHash, source.port_be))
-        && at(
-            "nf_conntrack_tuple_hash.tuple.dst.u3",
-            std::mem::offset_of!(TupleHash, destination.address),
-        )
-        && at(
-            "nf_conntrack_tuple_hash.tuple.dst.u",
-            std::mem::offset_of!(TupleHash, destination.port_be),
-        )
-        && size_of_struct(btf, "nf_conntrack_tuple_hash") == Some(size_of::<TupleHash>())
+    at(
+        "nf_conntrack_tuple_hash.tuple.src.u3",
+        std::mem::offset_of!(TupleHash, source.address),
+    ) && at(
+        "nf_conntrack_tuple_hash.tuple.src.u",
+        std::mem::offset_of!(TupleHash, source.port_be),
+    ) && at(
+        "nf_conntrack_tuple_hash.tuple.dst.u3",
+        std::mem::offset_of!(TupleHash, destination.address),
+    ) && at(
+        "nf_conntrack_tuple_hash.tuple.dst.u",
+        std::mem::offset_of!(TupleHash, destination.port_be),
+    ) && size_of_struct(btf, "nf_conntrack_tuple_hash") == Some(size_of::<TupleHash>())
 }
 
 fn size_of_struct(btf: &Btf, name: &str) -> Option<usize> {
-    btf.resolve_types_by_name(name).ok()?.into_iter().find_map(|t| match t {
-        Type::Struct(s) => Some(s.size()),
-        _ => None,
-    })
+    btf.resolve_types_by_name(name)
+        .ok()?
+        .into_iter()
+        .find_map(|t| match t {
+            Type::Struct(s) => Some(s.size()),
+            _ => None,
+        })
 }
 
 /// The byte offset of `struct.field[.field]`, also through anonymous structs and unions.
@@ -181,32 +195,43 @@ fn member(btf: &Btf, t: &Type, name: &str) -> Option<(Type, u32)> {
 }
 
 fn bare(btf: &Btf, m: &dyn BtfType) -> Option<Type> {
-    btf.chained_type_iter(m)
-        .find(|t| {
-            !matches!(
-                t,
-                Type::Typedef(_) | Type::Const(_) | Type::Volatile(_) | Type::Restrict(_) | Type::TypeTag(_)
-            )
-        })
+    btf.chained_type_iter(m).find(|t| {
+        !matches!(
+            t,
+            Type::Typedef(_)
+                | Type::Const(_)
+                | Type::Volatile(_)
+                | Type::Restrict(_)
+                | Type::TypeTag(_)
+        )
+    })
 }
 
 /// The enums that hold drop reasons. Each subsystem's values carry its number in the high 16 bits
 /// (include/net/dropreason.h, `SKB_DROP_REASON_SUBSYS_SHIFT`).
-const REASON_ENUMS: [&str; 4] =
-    ["skb_drop_reason", "qdisc_drop_reason", "ovs_drop_reason", "mac80211_drop_reason"];
+const REASON_ENUMS: [&str; 4] = [
+    "skb_drop_reason",
+    "qdisc_drop_reason",
+    "ovs_drop_reason",
+    "mac80211_drop_reason",
+];
 
 fn add_reasons(btf: &Btf, reasons: &mut HashMap<u32, Arc<str>>) {
     for name in REASON_ENUMS {
         for t in btf.resolve_types_by_name(name).unwrap_or_default() {
             let Type::Enum(e) = t else { continue };
             for m in &e.members {
-                let Ok(name) = btf.resolve_name(m) else { continue };
+                let Ok(name) = btf.resolve_name(m) else {
+                    continue;
+                };
                 let bare = name.strip_prefix("SKB_DROP_REASON_").unwrap_or(&name);
                 // Bounds of the enum, not reasons.
                 if matches!(bare, "MAX" | "SUBSYS_MASK") || bare.starts_with("__") {
                     continue;
                 }
-                reasons.entry(m.val()).or_insert_with(|| Arc::from(bare.to_ascii_uppercase()));
+                reasons
+                    .entry(m.val())
+                    .or_insert_with(|| Arc::from(bare.to_ascii_uppercase()));
             }
         }
     }
@@ -231,7 +256,9 @@ mod tests {
 
     #[test]
     fn a_missing_file_is_one_sentence_that_says_what_to_do() {
-        let Err(e) = open(Path::new("/nonexistent/vmlinux")) else { panic!("opened") };
+        let Err(e) = open(Path::new("/nonexistent/vmlinux")) else {
+            panic!("opened")
+        };
         assert!(e.to_string().contains("CONFIG_DEBUG_INFO_BTF"), "{e}");
     }
 }

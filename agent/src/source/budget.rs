@@ -108,7 +108,10 @@ mod tests {
                     assert!(mib < 32, "32 MiB must do for {cpus} CPUs");
                     continue;
                 };
-                assert!(budget.total_bytes <= mib << 20, "{mib} MiB, {cpus} CPUs: {budget:?}");
+                assert!(
+                    budget.total_bytes <= mib << 20,
+                    "{mib} MiB, {cpus} CPUs: {budget:?}"
+                );
                 assert!(budget.flows >= 64);
             }
         }

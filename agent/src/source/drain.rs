@@ -91,7 +91,14 @@ impl Drainer {
     ) -> std::io::Result<Self> {
         // Scrapes that ask at the same moment; more are refused and read what is there.
         let (sender, receiver) = sync_channel(32);
-        let mut state = State { maps, programs, benign_reasons, events_per_cpu, generation: 0, seen: 0 };
+        let mut state = State {
+            maps,
+            programs,
+            benign_reasons,
+            events_per_cpu,
+            generation: 0,
+            seen: 0,
+        };
         state.write_control().map_err(std::io::Error::other)?;
         std::thread::Builder::new()
             .name("drain".to_owned())
@@ -187,8 +194,10 @@ impl State {
     }
 
     fn write_control(&mut self) -> Result<(), String> {
-        let control =
-            Control { generation: self.generation, events_per_cpu: self.events_per_cpu };
+        let control = Control {
+            generation: self.generation,
+            events_per_cpu: self.events_per_cpu,
+        };
         self.maps
             .control
             .set(0, Plain(control), 0)
@@ -252,6 +261,11 @@ impl State {
                 }
             })
             .collect();
-        Totals { cpu: self.cpu(), benign, overflow: overflow.into_iter().collect(), programs }
+        Totals {
+            cpu: self.cpu(),
+            benign,
+            overflow: overflow.into_iter().collect(),
+            programs,
+        }
     }
 }

@@ -28,7 +28,11 @@ impl Events {
 
     /// Waits until there is something to read.
     pub async fn ready(&mut self) -> Result<()> {
-        let mut guard = self.ring.readable_mut().await.context("cannot wait for the ring buffer")?;
+        let mut guard = self
+            .ring
+            .readable_mut()
+            .await
+            .context("cannot wait for the ring buffer")?;
         guard.clear_ready();
         Ok(())
     }
@@ -46,8 +50,11 @@ impl Events {
 }
 
 /// Registers a ring buffer, or what owns one, with the runtime; must be called inside it.
-#[expect(deprecated, reason = "the replacement is unsafe, and asks what aya's types keep: a file \
-                               descriptor that is theirs and stays the same")]
+#[expect(
+    deprecated,
+    reason = "the replacement is unsafe, and asks what aya's types keep: a file \
+                               descriptor that is theirs and stays the same"
+)]
 pub fn pollable<T: AsRawFd>(ring: T) -> io::Result<AsyncFd<T>> {
     AsyncFd::with_interest(ring, Interest::READABLE)
 }
@@ -88,7 +95,10 @@ mod tests {
     fn boot_time_becomes_the_time_of_day() {
         let clock = WallClock::now();
         let second = clock.at(clock.boot_ns - 1_000_000_000);
-        assert_eq!(clock.now.as_nanosecond() - second.as_nanosecond(), 1_000_000_000);
+        assert_eq!(
+            clock.now.as_nanosecond() - second.as_nanosecond(),
+            1_000_000_000
+        );
         assert!(clock.at(0) < clock.now);
     }
 }

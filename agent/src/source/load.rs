@@ -9,7 +9,9 @@ use anyhow::{Context as _, Result};
 use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
 use aya::programs::{BtfTracePoint, Program, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
-use whydrop_ebpf::{Control, Cpu, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS};
+use whydrop_ebpf::{
+    Control, Cpu, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS,
+};
 
 use super::btf::{self, KernelTypes};
 use super::budget::Budget;
@@ -119,22 +121,35 @@ pub struct Loaded {
     pub programs: Vec<(String, std::os::fd::OwnedFd)>,
 }
 
+/// How programs are attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Attach {
+    /// `tp_btf` where the kernel takes it, else `raw_tp`.
+    Auto,
+    /// `raw_tp` only: slower, and without the trampolines that some kernels build wrongly.
+    #[value(name = "raw_tp")]
+    RawTp,
+}
+
 /// Loads the programs and attaches them.
 ///
 /// `log` switches the programs' own messages on; without it they are not even in the loaded code.
 ///
 /// Errors: no BTF, no rights, or no way to see drops; each with what to do.
-pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
+pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
     let types = btf::read()?;
-    let budget = Budget::new(map_memory_bytes, aya::util::nr_cpus().map_err(|(_, e)| e).context(
-        "cannot read the number of possible CPUs from /sys/devices/system/cpu/possible",
-    )?)?;
+    let budget = Budget::new(
+        map_memory_bytes,
+        aya::util::nr_cpus().map_err(|(_, e)| e).context(
+            "cannot read the number of possible CPUs from /sys/devices/system/cpu/possible",
+        )?,
+    )?;
     raise_memlock();
     // aya reads BTF once more for attaching: it keeps function signatures, btf-rs struct members.
     let btf = Btf::from_sys_fs().context("cannot read /sys/kernel/btf/vmlinux")?;
 
     // `icmp_send` decides how told.rs is compiled, so it is probed first, by attaching.
-    let has_icmp_send = probe(&types, &budget, &btf, &HOOKS[0]).is_ok();
+    let has_icmp_send = probe(&types, &budget, how, &btf).is_ok();
     let mut offsets = types.offsets;
     offsets.has_icmp_send = u32::from(has_icmp_send);
     let mut ebpf = open(&offsets, &types, &budget, &btf, log)?;
@@ -142,9 +157,12 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
     let mut sources = Vec::new();
     let mut programs = Vec::new();
     for hook in &HOOKS {
-        let result = attach(&mut ebpf, hook, &btf);
+        let result = attach(&mut ebpf, hook, how, &btf);
         if hook.source == DROPS {
-            result.as_ref().map_err(|e| anyhow::anyhow!("{e}")).with_context(refused)?;
+            result
+                .as_ref()
+                .map_err(|e| anyhow::anyhow!("{e}"))
+                .with_context(refused)?;
         }
         let (hook_name, why) = match result {
             Ok((name, program)) => {
@@ -163,13 +181,14 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
             why,
         });
     }
-    let has_conntrack = offsets.ct_tuplehash != whydrop_ebpf::MISSING
-        && offsets.skb_nfct != whydrop_ebpf::MISSING;
+    let has_conntrack =
+        offsets.ct_tuplehash != whydrop_ebpf::MISSING && offsets.skb_nfct != whydrop_ebpf::MISSING;
     sources.push(SourceStatus {
         source: SERVICES,
         up: has_conntrack,
         hook: has_conntrack.then(|| "skb->_nfct".to_owned()),
-        why: (!has_conntrack).then(|| format!("missing in the kernel's BTF: {}", types.missing.join(", "))),
+        why: (!has_conntrack)
+            .then(|| format!("missing in the kernel's BTF: {}", types.missing.join(", "))),
         lost: (!has_conntrack).then_some("the Service that a packet was sent to is not named"),
     });
 
@@ -184,14 +203,18 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
     });
 
     let take = |ebpf: &mut Ebpf, name: &str| {
-        ebpf.take_map(name).with_context(|| format!("the eBPF object has no map {name}"))
+        ebpf.take_map(name)
+            .with_context(|| format!("the eBPF object has no map {name}"))
     };
     let flows = [take(&mut ebpf, "FLOWS_0")?, take(&mut ebpf, "FLOWS_1")?];
     let flow_fds = [map_fd(&flows[0])?, map_fd(&flows[1])?];
     let [flows_0, flows_1] = flows;
     let maps = Maps {
         control: Array::try_from(take(&mut ebpf, "CONTROL")?)?,
-        flows: [PerCpuHashMap::try_from(flows_0)?, PerCpuHashMap::try_from(flows_1)?],
+        flows: [
+            PerCpuHashMap::try_from(flows_0)?,
+            PerCpuHashMap::try_from(flows_1)?,
+        ],
         flow_fds,
         overflow: PerCpuHashMap::try_from(take(&mut ebpf, "OVERFLOW")?)?,
         benign: PerCpuArray::try_from(take(&mut ebpf, "BENIGN_COUNT")?)?,
@@ -211,7 +234,13 @@ pub fn load(map_memory_bytes: u64, log: bool) -> Result<Loaded> {
 }
 
 /// The object with globals and map sizes set; its programs are not loaded yet.
-fn open(offsets: &Offsets, types: &KernelTypes, budget: &Budget, btf: &Btf, log: bool) -> Result<Ebpf> {
+fn open(
+    offsets: &Offsets,
+    types: &KernelTypes,
+    budget: &Budget,
+    btf: &Btf,
+    log: bool,
+) -> Result<Ebpf> {
     let offsets = Plain(*offsets);
     let mut benign = Plain([0u8; REASONS]);
     for (number, name) in &types.reasons {
@@ -236,19 +265,32 @@ fn open(offsets: &Offsets, types: &KernelTypes, budget: &Budget, btf: &Btf, log:
         .with_context(refused)
 }
 
-/// Attaches one hook in an object of its own, and takes it off again.
-fn probe(types: &KernelTypes, budget: &Budget, btf: &Btf, hook: &Hook) -> Result<(), String> {
-    let small = Budget { flows: 1, overflow: 1, ring_bytes: 4096, ..*budget };
+/// Attaches the first hook in an object of its own, and takes it off again.
+fn probe(types: &KernelTypes, budget: &Budget, how: Attach, btf: &Btf) -> Result<(), String> {
+    let small = Budget {
+        flows: 1,
+        overflow: 1,
+        ring_bytes: 4096,
+        ..*budget
+    };
     let mut ebpf = open(&types.offsets, types, &small, btf, false).map_err(|e| format!("{e:#}"))?;
-    attach(&mut ebpf, hook, btf).map(|_| ())
+    attach(&mut ebpf, &HOOKS[0], how, btf).map(|_| ())
 }
 
 /// Attaches the first program of a hook that the kernel takes: its description and its name.
-fn attach(ebpf: &mut Ebpf, hook: &Hook, btf: &Btf) -> Result<(String, &'static str), String> {
+fn attach(
+    ebpf: &mut Ebpf,
+    hook: &Hook,
+    how: Attach,
+    btf: &Btf,
+) -> Result<(String, &'static str), String> {
     let [typed, raw] = hook.programs;
-    let first = match attach_typed(ebpf, typed, hook.tracepoint, btf) {
-        Ok(()) => return Ok((format!("tp_btf/{}", hook.tracepoint), typed)),
-        Err(e) => e,
+    let first = match how {
+        Attach::RawTp => "not tried, because of --attach raw_tp".to_owned(),
+        Attach::Auto => match attach_typed(ebpf, typed, hook.tracepoint, btf) {
+            Ok(()) => return Ok((format!("tp_btf/{}", hook.tracepoint), typed)),
+            Err(e) => e,
+        },
     };
     match attach_raw(ebpf, raw, hook.tracepoint) {
         Ok(()) => Ok((format!("raw_tp/{}", hook.tracepoint), raw)),
@@ -265,7 +307,10 @@ fn attach_typed(ebpf: &mut Ebpf, name: &str, tracepoint: &str, btf: &Btf) -> Res
 fn attach_raw(ebpf: &mut Ebpf, name: &str, tracepoint: &str) -> Result<(), String> {
     let program: &mut RawTracePoint = program(ebpf, name)?;
     program.load().map_err(|e| brief(&e))?;
-    program.attach(tracepoint).map(|_| ()).map_err(|e| brief(&e))
+    program
+        .attach(tracepoint)
+        .map(|_| ())
+        .map_err(|e| brief(&e))
 }
 
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, String>
@@ -294,7 +339,8 @@ fn refused() -> String {
          lockdown=confidentiality forbids it)"
             .to_owned()
     } else {
-        "whydrop needs root, or CAP_BPF and CAP_PERFMON, to observe drops: run it with sudo".to_owned()
+        "whydrop needs root, or CAP_BPF and CAP_PERFMON, to observe drops: run it with sudo"
+            .to_owned()
     }
 }
 
@@ -310,7 +356,10 @@ fn map_fd(map: &Map) -> Result<std::os::fd::OwnedFd> {
     let Map::PerCpuHashMap(data) = map else {
         anyhow::bail!("a flow map is no per-CPU hash");
     };
-    data.fd().as_fd().try_clone_to_owned().context("cannot duplicate a map's file descriptor")
+    data.fd()
+        .as_fd()
+        .try_clone_to_owned()
+        .context("cannot duplicate a map's file descriptor")
 }
 
 fn program_fd(ebpf: &Ebpf, name: &str) -> Option<std::os::fd::OwnedFd> {

@@ -32,15 +32,20 @@ impl Symbols {
         let mut names = String::new();
         for line in text.lines() {
             let mut words = line.split_ascii_whitespace();
-            let (Some(address), Some(kind), Some(name)) = (words.next(), words.next(), words.next())
+            let (Some(address), Some(kind), Some(name)) =
+                (words.next(), words.next(), words.next())
             else {
                 continue;
             };
-            let Ok(address) = u64::from_str_radix(address, 16) else { continue };
+            let Ok(address) = u64::from_str_radix(address, 16) else {
+                continue;
+            };
             if address == 0 || !matches!(kind, "t" | "T" | "w" | "W") {
                 continue;
             }
-            let Ok(at) = u32::try_from(names.len()) else { break };
+            let Ok(at) = u32::try_from(names.len()) else {
+                break;
+            };
             starts.push((address, at));
             // Compilers split functions into `name.part.0`, `name.cold`; a person looks for `name`.
             names.push_str(name.split('.').next().unwrap_or(name));
@@ -77,7 +82,10 @@ pub struct Locator {
 impl Locator {
     /// Reads the symbols.
     pub fn new() -> Self {
-        Self { symbols: Symbols::read(), modules: modules() }
+        Self {
+            symbols: Symbols::read(),
+            modules: modules(),
+        }
     }
 
     /// Whether drops will have a location.
@@ -102,7 +110,10 @@ impl Locator {
         // An address of a module that came later would be taken for the function before it.
         let modules = modules();
         if modules != self.modules {
-            *self = Self { symbols: Symbols::read(), modules };
+            *self = Self {
+                symbols: Symbols::read(),
+                modules,
+            };
         }
         self.symbols.name(address)
     }

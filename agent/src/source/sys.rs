@@ -2,12 +2,15 @@
 //!
 //! - plain-old-data wrappers for the types shared with the programs,
 //! - `BPF_MAP_LOOKUP_AND_DELETE_BATCH`, which drains a map 12 times faster than one call a key,
-//! - `membarrier`, to know that no program still writes to the drained map.
+//! - `membarrier`, to know that no program still writes to the drained map,
+//! - `mallopt` and `malloc_trim`, because reading BTF leaves a large heap behind.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use whydrop_ebpf::{Control, Cpu, DropEvent, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS};
+use whydrop_ebpf::{
+    Control, Cpu, DropEvent, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, REASONS,
+};
 
 /// A type that the kernel's bytes can be read as.
 #[repr(transparent)]
@@ -81,7 +84,11 @@ pub fn drain_flows(
     loop {
         let mut next = 0u32;
         let mut attr = BatchAttr {
-            in_batch: if started { &raw const position as u64 } else { 0 },
+            in_batch: if started {
+                &raw const position as u64
+            } else {
+                0
+            },
             out_batch: &raw mut next as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
@@ -106,7 +113,9 @@ pub fn drain_flows(
             return Err(error);
         }
         for i in 0..(attr.count as usize).min(chunk) {
-            let Some(key) = read::<FlowKey>(&keys[i * KEY..]) else { continue };
+            let Some(key) = read::<FlowKey>(&keys[i * KEY..]) else {
+                continue;
+            };
             let mut sum = FlowCount::default();
             for cpu in 0..cpus {
                 if let Some(count) = read::<FlowCount>(&values[(i * cpus + cpu) * VALUE..]) {
@@ -130,5 +139,31 @@ pub fn wait_for_programs() -> io::Result<()> {
     const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
     // SAFETY: the call takes no pointers.
     let result = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Makes the allocator give large blocks back as soon as they are freed; to be called first.
+///
+/// Reading BTF takes some 25 MB for a moment. glibc raises its threshold for separate mappings with
+/// each large block that is freed, keeps later ones on the heap, and small blocks between them then
+/// hold the pages: 28 MB resident instead of 18. A fixed threshold stays where it is.
+pub fn keep_heap_small() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointers, and may be called at any time.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 * 1024);
+    }
+}
+
+/// Gives memory that is free back to the system.
+pub fn release_free_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointers, and may be called at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
