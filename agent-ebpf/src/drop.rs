@@ -1,6 +1,6 @@
 //! Every `kfree_skb`: count it by flow, and send detail while there is room for it.
 
-use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::bindings::{BPF_NOEXIST, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use aya_ebpf::helpers::bpf_probe_read_kernel_buf;
 use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
@@ -20,6 +20,13 @@ use crate::maps::{
 };
 use crate::packet::{self, Packet, TCP, UDP, Work};
 use crate::told;
+
+/// Events of a CPU in one generation that each wake the agent. A wake-up interrupts this CPU, which
+/// is more than all else that a drop costs.
+const EVENTS_THAT_WAKE: u64 = 64;
+/// Of the later ones every so many wakes it, and the end of the generation does: whoever is past 64
+/// in 100 ms sends 32 in 50 ms.
+const EVENTS_A_WAKE: u64 = 32;
 
 /// `tp_btf`: `skb`, `location`, and since 5.17 `reason`.
 #[btf_tracepoint(function = "kfree_skb")]
@@ -81,11 +88,9 @@ unsafe fn count_flow<C, const TYPED: bool>(
     control: &Control,
     work: &mut Work,
 ) {
-    work.key = FlowKey {
-        location,
-        reason,
-        ..FlowKey::default()
-    };
+    packet::clear(&mut work.key);
+    work.key.location = location;
+    work.key.reason = reason;
     unsafe { packet::read::<TYPED>(skb, work) };
     let nfct = unsafe { conntrack::nfct::<TYPED>(skb) };
     let Work { key, packet, .. } = work;
@@ -140,7 +145,7 @@ unsafe fn count_flow<C, const TYPED: bool>(
         return;
     }
     cpu.events += 1;
-    if !unsafe { send::<TYPED>(skb, key, packet, told, control.generation) } {
+    if !unsafe { send::<TYPED>(skb, key, packet, told, cpu) } {
         cpu.ring_full += 1;
     }
 }
@@ -246,7 +251,7 @@ unsafe fn send<const TYPED: bool>(
     key: &FlowKey,
     packet: &Packet,
     told: u8,
-    generation: u64,
+    cpu: &Cpu,
 ) -> bool {
     let Some(mut entry) = EVENTS.reserve::<DropEvent>(0) else {
         return false;
@@ -255,7 +260,7 @@ unsafe fn send<const TYPED: bool>(
         let event = entry.as_mut_ptr();
         (&raw mut (*event).key).write(*key);
         (&raw mut (*event).boot_ns).write(bpf_ktime_get_boot_ns());
-        (&raw mut (*event).generation).write(generation);
+        (&raw mut (*event).generation).write(cpu.events_generation);
         (&raw mut (*event).source_port).write(packet.source_port);
         (&raw mut (*event).tcp_flags).write(packet.tcp_flags);
         (&raw mut (*event).told).write(told);
@@ -284,6 +289,15 @@ unsafe fn send<const TYPED: bool>(
         }
         (&raw mut (*event).snap_len).write(len as u16);
     }
-    entry.submit(0);
+    // Without a flag the kernel wakes only a reader that has read everything before.
+    let wake = cpu.events <= EVENTS_THAT_WAKE || cpu.events % EVENTS_A_WAKE == 0;
+    entry.submit(
+        if wake {
+            BPF_RB_FORCE_WAKEUP
+        } else {
+            BPF_RB_NO_WAKEUP
+        }
+        .into(),
+    );
     true
 }
