@@ -290,7 +290,7 @@ unsafe fn send<const TYPED: bool>(
         (&raw mut (*event).snap_len).write(len as u16);
     }
     // Without a flag the kernel wakes only a reader that has read everything before.
-    let wake = cpu.events <= EVENTS_THAT_WAKE || cpu.events % EVENTS_A_WAKE == 0;
+    let wake = cpu.events <= EVENTS_THAT_WAKE || cpu.events.is_multiple_of(EVENTS_A_WAKE);
     entry.submit(
         if wake {
             BPF_RB_FORCE_WAKEUP

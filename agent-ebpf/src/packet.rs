@@ -522,9 +522,9 @@ pub fn clear(key: &mut FlowKey) {
 }
 
 // What is read and written by words is aligned: a map's value is, and so are these in it.
-const _: () = assert!(align_of::<Work>() == 8 && offset_of!(Work, header) % 8 == 0);
-const _: () = assert!(offset_of!(FlowKey, source) % 8 == 0);
-const _: () = assert!(offset_of!(FlowKey, destination) % 8 == 0);
+const _: () = assert!(align_of::<Work>() == 8 && offset_of!(Work, header).is_multiple_of(8));
+const _: () = assert!(offset_of!(FlowKey, source).is_multiple_of(8));
+const _: () = assert!(offset_of!(FlowKey, destination).is_multiple_of(8));
 
 /// Puts the flow of the packet that an ICMP error quotes in the place of the error's own; false if
 /// it quotes none. The error's IP header has no options where this kernel made it; then there are 8
