@@ -1,6 +1,6 @@
 //! Every `kfree_skb`: count it by flow, and send detail while there is room for it.
 
-use aya_ebpf::bindings::BPF_NOEXIST;
+use aya_ebpf::bindings::{BPF_NOEXIST, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use aya_ebpf::helpers::bpf_probe_read_kernel_buf;
 use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
@@ -18,6 +18,12 @@ use crate::conntrack;
 use crate::maps::{BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, offset};
 use crate::packet::{self, ICMP, ICMPV6, MAC_HEADER_UNSET, SCTP, TCP, UDP};
 use crate::told;
+
+/// Events of a CPU in one window of 100 ms that each wake the agent. A wake-up interrupts this CPU,
+/// which is more than all else that a drop costs.
+const EVENTS_THAT_WAKE: u32 = 64;
+/// Of the later ones every so many wakes it; so do the next window's first and the generation's end.
+const EVENTS_A_WAKE: u32 = 32;
 
 /// `tp_btf`: `skb`, `location`, and since 5.17 `reason`.
 #[btf_tracepoint(function = "kfree_skb")]
@@ -79,11 +85,9 @@ unsafe fn count_flow<C, const TYPED: bool>(
     control: &Control,
     work: &mut Work,
 ) {
-    work.key = FlowKey {
-        location: location as u32,
-        reason,
-        ..FlowKey::default()
-    };
+    packet::clear(&mut work.key);
+    work.key.location = location as u32;
+    work.key.reason = reason;
     unsafe { packet::read::<TYPED>(skb, work) };
     let nfct = unsafe { conntrack::nfct::<TYPED>(skb) };
     let Work { key, packet, .. } = work;
@@ -128,7 +132,9 @@ unsafe fn count_flow<C, const TYPED: bool>(
     if !may_send(cpu, control, count, key.kind) {
         return;
     }
-    if !unsafe { send::<TYPED>(skb, key, packet, told, generation) } {
+    packet.told = told;
+    let wake = cpu.events <= EVENTS_THAT_WAKE || cpu.events % EVENTS_A_WAKE == 0;
+    if !unsafe { send::<TYPED>(skb, key, packet, generation, wake) } {
         cpu.ring_full += 1;
     }
 }
@@ -281,14 +287,14 @@ fn overflow(key: &FlowKey, told: u8) -> bool {
     true
 }
 
-/// Sends one event; false if the ring buffer is full.
+/// Sends one event, and wakes the agent if `wake`; false if the ring buffer is full.
 #[inline(never)]
 unsafe fn send<const TYPED: bool>(
     skb: *const u8,
     key: &FlowKey,
     packet: &Packet,
-    told: u8,
     generation: u64,
+    wake: bool,
 ) -> bool {
     let Some(mut entry) = EVENTS.reserve::<DropEvent>(0) else {
         return false;
@@ -300,7 +306,7 @@ unsafe fn send<const TYPED: bool>(
         (&raw mut (*event).generation).write(generation);
         (&raw mut (*event).source_port).write(packet.source_port);
         (&raw mut (*event).tcp_flags).write(packet.tcp_flags);
-        (&raw mut (*event).told).write(told);
+        (&raw mut (*event).told).write(packet.told);
         (&raw mut (*event).ethertype).write(packet.ethertype);
         let device = &mut *(&raw mut (*event).device);
         let dev = field::<*const u8, TYPED>(skb, offset!(skb_dev));
@@ -326,6 +332,14 @@ unsafe fn send<const TYPED: bool>(
         }
         (&raw mut (*event).snap_len).write(len as u16);
     }
-    entry.submit(0);
+    // Without a flag the kernel wakes only a reader that has read everything before.
+    entry.submit(
+        if wake {
+            BPF_RB_FORCE_WAKEUP
+        } else {
+            BPF_RB_NO_WAKEUP
+        }
+        .into(),
+    );
     true
 }

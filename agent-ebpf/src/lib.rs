@@ -238,8 +238,10 @@ pub struct Packet {
     pub is_answer: u8,
     /// 1 if the UDP payload can begin with the header of a DNS query.
     pub is_query: u8,
+    /// As in [`DropEvent`].
+    pub told: u8,
     /// Zero.
-    pub pad: [u8; 5],
+    pub pad: [u8; 4],
 }
 
 /// Where an `sk_buff` keeps its linear bytes; offsets count from `head`.

@@ -143,6 +143,7 @@ pub fn sender(report: &mut Report) -> Result<()> {
     for family in Family::BOTH {
         let flows = Flows::to_ports(&lab, family, SOURCES, PORTS)?;
         let mut rounds = Rounds::new();
+        let mut cpu = Rounds::new();
         for round in 0..ROUNDS {
             for turn in 0..watchers.len() {
                 let watcher = watchers[(round + turn) % watchers.len()];
@@ -150,8 +151,12 @@ pub fn sender(report: &mut Report) -> Result<()> {
                     .start(&lab, family)
                     .with_context(|| format!("start {}", watcher.name()))?;
                 flows.send(&lab, Amount::Each(WARM))?;
+                let before = watching.cpu_time()?;
                 let sent = flows.send(&lab, Amount::For(TIME))?;
+                let used = watching.cpu_time()? - before;
                 watching.stop()?;
+                let used = used.as_secs_f64() / sent.elapsed.as_secs_f64() * 100.0;
+                cpu.entry(watcher.name()).or_default().push(used);
                 rounds.entry(watcher.name()).or_default().push(sent.rate());
             }
         }
@@ -187,7 +192,17 @@ pub fn sender(report: &mut Report) -> Result<()> {
                 Must::Above(1.0),
             );
         }
-        report.round(json!({"family": family.to_string(), "packets_per_second": rounds}));
+        if let Some(used) = cpu.get(Watcher::Whydrop.name()) {
+            report.figure(
+                format!("{family}: the agent's CPU, of one core"),
+                median(used),
+                "%",
+                Must::Shown,
+            );
+        }
+        report.round(json!({
+            "family": family.to_string(), "packets_per_second": rounds, "cpu_percent": cpu,
+        }));
     }
     Ok(())
 }

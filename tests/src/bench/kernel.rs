@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use aya::maps::MapInfo;
 use aya::programs::loaded_programs;
+use nix::time::clock_getcpuclockid;
+use nix::unistd::Pid;
 use whydrop::source::load::fd_info;
 
 /// A program of a process.
@@ -116,25 +119,14 @@ fn fdinfo(pid: u32) -> Result<Vec<BTreeMap<String, u64>>> {
         .collect())
 }
 
-/// Time that all threads of a process have been on a CPU, in nanoseconds.
+/// Time that a process has been on a CPU, with threads that have ended.
 ///
 /// # Errors
-/// There is no such process, or the kernel keeps no scheduler statistics.
-pub fn cpu_ns(pid: u32) -> Result<u64> {
-    let directory = format!("/proc/{pid}/task");
-    let mut sum = 0;
-    for entry in fs::read_dir(&directory).with_context(|| format!("read {directory}"))? {
-        let path = entry?.path().join("schedstat");
-        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-        let first = text
-            .split_whitespace()
-            .next()
-            .context("an empty schedstat")?;
-        sum += first
-            .parse::<u64>()
-            .with_context(|| format!("read {text:?}"))?;
-    }
-    Ok(sum)
+/// There is no such process.
+pub fn cpu_time(pid: u32) -> Result<Duration> {
+    let clock =
+        clock_getcpuclockid(Pid::from_raw(pid.try_into()?)).context("find the process' clock")?;
+    Ok(clock.now().context("read the process' clock")?.into())
 }
 
 /// A line of `/proc/PID/status` in kB, as bytes.

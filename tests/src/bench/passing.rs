@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use aya::sys::{Stats, enable_stats};
 use serde_json::json;
 
 use super::flows::{Amount, Flows};
@@ -54,6 +55,7 @@ pub fn passing(report: &mut Report) -> Result<()> {
             watching.stop()?;
         }
     }
+    let each = per_packet(&lab, &flows[0])?;
     for ((kind, unit), [without, with]) in kinds.iter().zip(units).zip(&rates) {
         report.figure(
             format!("{kind}: without"),
@@ -80,7 +82,24 @@ pub fn passing(report: &mut Report) -> Result<()> {
         );
         report.round(json!({"kind": kind, "unit": unit, "without": without, "with": with}));
     }
+    report.figure(
+        "time in net_dev_queue's program, with its measurement",
+        each,
+        "ns",
+        Must::Shown,
+    );
     Ok(())
+}
+
+/// Nanoseconds that each packet sent spends in the agent's program at `net_dev_queue`.
+fn per_packet(lab: &Lab, flows: &Flows) -> Result<f64> {
+    let watching = Watcher::Whydrop.start(lab, Family::V4)?;
+    let stats = enable_stats(Stats::RunTime).context("switch statistics on")?;
+    flows.send(lab, Amount::Each(400))?;
+    drop(stats);
+    let (runs, ns) = watching.spent_in("net_dev_queue")?;
+    watching.stop()?;
+    Ok(ns as f64 / runs.max(1) as f64)
 }
 
 /// MiB a second of one TCP connection of the second pair.

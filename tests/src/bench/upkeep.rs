@@ -97,10 +97,10 @@ pub fn idle(report: &mut Report) -> Result<()> {
     let agent = Agent::start_unfollowed(&lab.node(), &flows::objects(&lab), &[])?;
     // What starting takes is over.
     std::thread::sleep(Duration::from_secs(2));
-    let (cpu, started) = (kernel::cpu_ns(agent.pid())?, Instant::now());
+    let (cpu, started) = (kernel::cpu_time(agent.pid())?, Instant::now());
     std::thread::sleep(IDLE);
-    let used_ns = kernel::cpu_ns(agent.pid())? - cpu;
-    let percent = used_ns as f64 / started.elapsed().as_nanos() as f64 * 100.0;
+    let used = kernel::cpu_time(agent.pid())? - cpu;
+    let percent = used.as_secs_f64() / started.elapsed().as_secs_f64() * 100.0;
     let mib = |field| {
         Ok::<_, anyhow::Error>(kernel::status_bytes(agent.pid(), field)? as f64 / MIB as f64)
     };

@@ -89,6 +89,14 @@ impl Watching {
     /// # Errors
     /// It has ended.
     pub fn spent(&self) -> Result<(u64, u64)> {
+        self.spent_in("kfree_skb")
+    }
+
+    /// The same of the agent's program on any tracepoint; the others have one on kfree_skb.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn spent_in(&self, tracepoint: &str) -> Result<(u64, u64)> {
         let pid = match self {
             Self::Nothing => return Ok((0, 0)),
             Self::Peer(_) => std::process::id(),
@@ -99,13 +107,25 @@ impl Watching {
         Ok(programs
             .iter()
             .filter(|program| match self {
-                // The typed program or the raw one: both would be `kfree_skb...`.
-                Self::Whydrop(_) => program.name.starts_with("kfree_skb"),
+                // The typed program is called so, the raw one has a suffix.
+                Self::Whydrop(_) => program.name.starts_with(tracepoint),
                 _ => true,
             })
             .fold((0, 0), |(runs, ns), program| {
                 (runs + program.runs, ns + program.run_ns)
             }))
+    }
+
+    /// Time that a process of its own has been on a CPU.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        match self {
+            Self::Nothing | Self::Peer(_) => Ok(Duration::ZERO),
+            Self::Bpftrace(bpftrace) => kernel::cpu_time(bpftrace.child.id()),
+            Self::Whydrop(agent) => kernel::cpu_time(agent.pid()),
+        }
     }
 
     /// Ends it and waits for its end.

@@ -84,8 +84,8 @@ fn main() -> Result<()> {
     loaded.maps.control.set(
         0,
         Plain(Control {
-            generation: 0,
             events_per_cpu: 1_000,
+            ..Control::default()
         }),
         0,
     )?;
@@ -131,7 +131,7 @@ fn record(loaded: &mut Loaded, directory: &std::path::Path, sent: &Sent) -> Resu
     let deadline = Instant::now() + DEADLINE;
     loop {
         // A flow shows no more than its first packets.
-        let flows = loaded.maps.flow_fds[0].as_fd();
+        let flows = loaded.maps.flows[0].as_fd();
         sys::drain_flows(flows, loaded.budget.cpus, 64, |_, _| ()).context("empty the flow map")?;
         while let Some(item) = loaded.events.next() {
             let bytes = item.to_vec();
