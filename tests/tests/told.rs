@@ -27,11 +27,10 @@ const PACKETS: u64 = 20;
 
 on_both_families!(
     answered_reset,
-    answered_reset_while_resolving,
     echo_reply_at_output,
     echo_request_at_output,
     error_that_never_leaves,
-    reset_through_a_bridge,
+    answers_while_resolving,
     datagram_at_egress,
 );
 
@@ -42,15 +41,6 @@ fn icmp(family: Family) -> &'static str {
 /// A RST that a rule answers with an ICMP error tells nobody of anything: neither is the RST
 /// rejected, nor the SYN of the same pair that comes next.
 fn answered_reset(family: Family) -> Result<()> {
-    answered_resets(family, false)
-}
-
-/// The same while answers are also counted by flow, because some neighbour is awaited.
-fn answered_reset_while_resolving(family: Family) -> Result<()> {
-    answered_resets(family, true)
-}
-
-fn answered_resets(family: Family, resolving: bool) -> Result<()> {
     let scene = Scene::new(family, |lab| {
         let (ip, client) = (family.nft(), lab.address(Place::Of(Host::Client), family));
         lab.unlimited_icmp(Host::Server)?;
@@ -68,16 +58,7 @@ fn answered_resets(family: Family, resolving: bool) -> Result<()> {
             ),
         )
     })?;
-    let resolving = resolving
-        .then(|| Resolving::start(&scene.lab))
-        .transpose()?;
-    let client = scene.address(Place::Of(Host::Client));
-    let server = scene.address(Place::Of(Host::Server));
-    scene.raw((0..PACKETS as u16).flat_map(|port| {
-        [(RESET_PORT, flags::RST), (TCP_PORT, flags::SYN)]
-            .map(|(to, flags)| packet::segment((client, 40_000 + port), (server, to), flags))
-    }))?;
-    drop(resolving);
+    resets_and_syns(&scene)?;
     let resets = counters::nft(&scene.lab, Host::Server, "resets")?;
     let syns = counters::nft(&scene.lab, Host::Server, "syns")?;
     let answers = scene.unreachables(Host::Server)?;
@@ -91,6 +72,16 @@ fn answered_resets(family: Family, resolving: bool) -> Result<()> {
             .reason(&REASON),
         Row::dropped("client", "server", syns).syn().reason(&REASON),
     ])
+}
+
+/// Sends RSTs and SYNs of different flows from the client to the server, in turn.
+fn resets_and_syns(scene: &Scene) -> Result<u64> {
+    let client = scene.address(Place::Of(Host::Client));
+    let server = scene.address(Place::Of(Host::Server));
+    scene.raw((0..PACKETS as u16).flat_map(|port| {
+        [(RESET_PORT, flags::RST), (TCP_PORT, flags::SYN)]
+            .map(|(to, flags)| packet::segment((client, 40_000 + port), (server, to), flags))
+    }))
 }
 
 /// Drops what a host sends to the client with an ICMP type, and counts it.
@@ -259,40 +250,46 @@ fn error_that_never_leaves(family: Family) -> Result<()> {
     ])
 }
 
-/// A reset that leaves by a bridge and then by its port is one answer, also where answers are
-/// counted by flow: every second SYN is refused, the others are silent.
-fn reset_through_a_bridge(family: Family) -> Result<()> {
+/// Where answers are also counted by flow, because some neighbour is awaited, they are counted once,
+/// though they leave by a bridge and then by its port, and those to RSTs are not: every second SYN is
+/// refused, all else is silent.
+fn answers_while_resolving(family: Family) -> Result<()> {
     let scene = Scene::new(family, |lab| {
         bridge(lab, family)?;
+        lab.unlimited_icmp(Host::Server)?;
         let (ip, client) = (family.nft(), lab.address(Place::Of(Host::Client), family));
         lab.nft(
             Host::Server,
             &format!(
                 "table inet lab {{
+                   counter resets {{ }}
                    counter refused {{ }}
                    counter silent {{ }}
                    chain c {{ type filter hook input priority 0;
-                     {ip} saddr {client} tcp dport {TCP_PORT} numgen inc mod 2 0 counter name refused reject with tcp reset
-                     {ip} saddr {client} tcp dport {TCP_PORT} counter name silent drop
+                     {ip} saddr != {client} accept
+                     tcp dport {RESET_PORT} counter name resets reject
+                     tcp dport {TCP_PORT} numgen inc mod 2 0 counter name refused reject with tcp reset
+                     tcp dport {TCP_PORT} counter name silent drop
                    }}
                  }}"
             ),
         )
     })?;
     let resolving = Resolving::start(&scene.lab)?;
-    let client = scene.address(Place::Of(Host::Client));
-    let server = scene.address(Place::Of(Host::Server));
-    scene.raw(
-        (0..100).map(|port| packet::segment((client, 40_000 + port), (server, 80), flags::SYN)),
-    )?;
+    resets_and_syns(&scene)?;
     drop(resolving);
+    let resets = counters::nft(&scene.lab, Host::Server, "resets")?;
     let refused = counters::nft(&scene.lab, Host::Server, "refused")?;
     let silent = counters::nft(&scene.lab, Host::Server, "silent")?;
+    let answers = scene.unreachables(Host::Server)?;
     ensure!(
-        (refused, silent) == (50, 50),
-        "nft counted {refused} and {silent}"
+        (resets, answers) == (PACKETS, PACKETS) && (refused, silent) == (PACKETS / 2, PACKETS / 2),
+        "nft counted {resets}, {refused} and {silent}, {answers} were answered by ICMP"
     );
     scene.expect(&[
+        Row::dropped("client", "server", resets)
+            .protocol("TCP")
+            .reason(&REASON),
         Row::rejected("client", "server", refused)
             .syn()
             .reason(&REASON),
