@@ -223,8 +223,10 @@ unsafe fn fails_its_call<const TYPED: bool>(skb: *const u8, sk: *const u8, key: 
         TCP | SCTP => return false,
         ICMP if icmp_type != 8 => return false,
         ICMPV6 if icmp_type != 128 => return false,
-        // A ping socket of IPv6 forgets the error (ping_v6_sendmsg, 5.10 to 6.18), that of IPv4 not.
-        ICMPV6 if unsafe { field::<u16, TYPED>(sk, offset!(sock_type)) } != SOCK_RAW => return false,
+        // A ping socket of IPv6 forgets the error (ping_v6_sendmsg, 6.18), that of IPv4 not.
+        ICMPV6 if unsafe { field::<u16, TYPED>(sk, offset!(sock_type)) } != SOCK_RAW => {
+            return false;
+        }
         _ => {}
     }
     unsafe {
