@@ -503,7 +503,6 @@ const _: () = assert!(align_of::<Work>() == 8 && offset_of!(Work, header).is_mul
 const _: () = assert!(offset_of!(FlowKey, source).is_multiple_of(8));
 const _: () = assert!(offset_of!(FlowKey, destination).is_multiple_of(8));
 
-
 /// Whether an ICMP message tells its receiver that a packet was lost: unreachable, time exceeded,
 /// parameter problem (RFC 792), and ICMPv6's errors (RFC 4443, section 3). A redirect does not.
 #[inline(always)]
