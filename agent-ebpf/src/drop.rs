@@ -208,6 +208,8 @@ unsafe fn place<const TYPED: bool>(skb: *const u8, key: &mut FlowKey) {
 /// Inode numbers of namespaces come from the kernel's dynamic range (PROC_DYNAMIC_FIRST, and the
 /// initial ones just below it: include/uapi/linux/nsfs.h, 6.18).
 const NETNS_MIN: u32 = 0xe000_0000;
+/// `sk_type` of a raw socket (include/linux/net.h).
+const SOCK_RAW: u16 = 3;
 /// `sk_protocol` of a raw socket that writes its own IP header.
 const IPPROTO_RAW: u16 = 255;
 
@@ -221,6 +223,8 @@ unsafe fn fails_its_call<const TYPED: bool>(skb: *const u8, sk: *const u8, key: 
         TCP | SCTP => return false,
         ICMP if icmp_type != 8 => return false,
         ICMPV6 if icmp_type != 128 => return false,
+        // A ping socket of IPv6 forgets the error (ping_v6_sendmsg, 5.10 to 6.18), that of IPv4 not.
+        ICMPV6 if unsafe { field::<u16, TYPED>(sk, offset!(sock_type)) } != SOCK_RAW => return false,
         _ => {}
     }
     unsafe {

@@ -347,6 +347,8 @@ pub struct Offsets {
     pub net_inum: u32,
     /// `sock.__sk_common.skc_net.net`
     pub sock_net: u32,
+    /// `sock.sk_type`
+    pub sock_type: u32,
     /// `sock.sk_protocol`
     pub sock_protocol: u32,
     /// `nf_conn.status`
@@ -376,6 +378,7 @@ impl Offsets {
         dev_net: MISSING,
         net_inum: MISSING,
         sock_net: MISSING,
+        sock_type: MISSING,
         sock_protocol: MISSING,
         ct_status: MISSING,
         ct_tuplehash: MISSING,

@@ -515,9 +515,9 @@ pub fn tells_of_loss(key: &FlowKey) -> bool {
     }
 }
 
-/// Puts the flow of the packet that an ICMP error quotes in the place of the error's own; false if
-/// it quotes none. The error's IP header has no options where this kernel made it; then there are 8
-/// bytes of ICMP (RFC 792; RFC 4443, section 3.1).
+/// Puts the flow of the packet that an ICMP error quotes, and whether that is an answer, in the place
+/// of the error's own; false if it quotes none. The error's IP header has no options where this
+/// kernel made it; then there are 8 bytes of ICMP (RFC 792; RFC 4443, section 3.1).
 #[inline(always)]
 pub fn quoted(work: &mut Work) -> bool {
     let offset: u32 = if work.key.ip_version == 4 {
@@ -539,6 +539,7 @@ pub fn quoted(work: &mut Work) -> bool {
         ..
     } = work;
     key.destination_port = 0;
+    packet.is_answer = 0;
     if key.ip_version == 4 {
         key.protocol = header[9];
         v4(&mut key.source, header, 12);

@@ -111,8 +111,11 @@ unsafe fn answer<const TYPED: bool>(skb: *const u8) {
         // The packet that it answers went the other way.
         (work.key.source, work.key.destination) = (work.key.destination, work.key.source);
         work.key.destination_port = work.packet.source_port;
-    } else if !packet::tells_of_loss(&work.key) || !packet::quoted(work) {
-        return;
+    } else if !packet::tells_of_loss(&work.key)
+        || !packet::quoted(work)
+        || work.packet.is_answer != 0
+    {
+        return; // An answer to an answer tells nobody of a loss, now or late.
     }
     let nfct = unsafe { conntrack::nfct::<TYPED>(skb) };
     let entry = conntrack::entry(nfct);

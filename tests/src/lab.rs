@@ -293,6 +293,16 @@ impl Lab {
         })
     }
 
+    /// Lifts a host's limit on how many ICMP errors it sends to one receiver; bursts must still be
+    /// shorter than the 50 of its limit for all receivers (`icmp_msgs_burst`).
+    ///
+    /// # Errors
+    /// As [`Lab::sysctl`].
+    pub fn unlimited_icmp(&self, host: Host) -> Result<()> {
+        self.sysctl(host, "net/ipv4/icmp_ratelimit", "0")?;
+        self.sysctl(host, "net/ipv6/icmp/ratelimit", "0")
+    }
+
     /// Reads a file that shows the namespace of who reads it, as `/proc/thread-self/net/snmp`.
     ///
     /// # Errors

@@ -208,11 +208,22 @@ pub fn sctp(source_port: u16, destination_port: u16) -> Vec<u8> {
 
 /// An echo request of the addresses' family.
 pub fn echo_request(source: IpAddr, destination: IpAddr, sequence: u16) -> Vec<u8> {
-    let v4 = source.is_ipv4();
-    let mut bytes = vec![if v4 { 8 } else { 128 }, 0, 0, 0, 0x77, 0x64];
-    bytes.extend(sequence.to_be_bytes());
-    bytes.extend(*b"whydrop!");
-    let sum = if v4 {
+    let mut body = vec![0x77, 0x64];
+    body.extend(sequence.to_be_bytes());
+    body.extend(*b"whydrop!");
+    icmp(
+        source,
+        destination,
+        if source.is_ipv4() { 8 } else { 128 },
+        &body,
+    )
+}
+
+/// An ICMP or ICMPv6 message of a type with code 0; `body` begins behind the checksum.
+pub fn icmp(source: IpAddr, destination: IpAddr, icmp_type: u8, body: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![icmp_type, 0, 0, 0];
+    bytes.extend(body);
+    let sum = if source.is_ipv4() {
         checksum(&bytes)
     } else {
         transport_checksum(source, destination, protocol::ICMPV6, &bytes)

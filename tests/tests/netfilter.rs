@@ -143,7 +143,7 @@ fn nft_policy(family: Family) -> Result<()> {
 fn nft_reject_told_to_all(family: Family) -> Result<()> {
     let scene = Scene::new(family, |lab| {
         nft(lab, Host::Router, "forward", family, "reject", "reject")?;
-        unlimited_icmp(lab, Host::Router)
+        lab.unlimited_icmp(Host::Router)
     })?;
     scene.udp(30)?;
     let udp = counters::nft(&scene.lab, Host::Router, "datagrams")?;
@@ -215,7 +215,7 @@ fn nft_reject_input(family: Family) -> Result<()> {
             "reject",
             "reject with tcp reset",
         )?;
-        unlimited_icmp(lab, Host::Server)
+        lab.unlimited_icmp(Host::Server)
     })?;
     scene.udp(30)?;
     for _ in 0..5 {
@@ -238,11 +238,6 @@ fn nft_reject_input(family: Family) -> Result<()> {
             .reason(&REASON)
             .at(&NFT),
     ])
-}
-
-fn unlimited_icmp(lab: &Lab, host: Host) -> Result<()> {
-    lab.sysctl(host, "net/ipv4/icmp_ratelimit", "0")?;
-    lab.sysctl(host, "net/ipv6/icmp/ratelimit", "0")
 }
 
 /// `iptables` or `ip6tables` of a kind (`legacy`, `nft`).

@@ -91,6 +91,7 @@ fn from_btf(btf: &Btf) -> Result<KernelTypes, BtfError> {
         dev_net: needed("net_device.nd_net.net")?,
         net_inum: needed("net.ns.inum")?,
         sock_net: needed("sock.__sk_common.skc_net.net")?,
+        sock_type: needed("sock.sk_type")?,
         sock_protocol: needed("sock.sk_protocol")?,
         dev_name: optional("net_device.name"),
         skb_nfct: optional("sk_buff._nfct"),
