@@ -3,7 +3,7 @@
 //! | file | hook | what |
 //! |---|---|---|
 //! | `drop.rs` | `kfree_skb` | count each drop by flow, send detail |
-//! | `told.rs` | `icmp_send`, `net_dev_queue`, `neigh_event_send_done` | was the sender told? |
+//! | `told.rs` | `net_dev_queue`, `neigh_event_send_done` | was the sender told? |
 //! | `packet.rs` | | find and read a packet's headers |
 //! | `conntrack.rs` | | the destination before DNAT |
 //! | `access.rs` | | the two ways to read kernel memory |

@@ -25,3 +25,4 @@ pub mod record;
 pub mod selection;
 pub mod source;
 pub mod state;
+pub mod sync;

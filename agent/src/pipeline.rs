@@ -19,7 +19,8 @@ use crate::decode::{self, Decoder};
 use crate::enrich::enrich;
 use crate::event::{Event, Kind, Line, Lost, LostStage, Outcome};
 use crate::source::drain::{Drained, Totals};
-use crate::state::{State, lock};
+use crate::state::State;
+use crate::sync::lock;
 
 /// How often what events left out is said.
 const SAY_EVERY: Duration = Duration::from_secs(1);

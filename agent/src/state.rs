@@ -1,16 +1,16 @@
 //! What the pipeline writes and the servers read.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use crate::cluster::Index;
 use crate::event::Outcome;
-use crate::output::metrics;
 use crate::output::stream::Stream;
 use crate::record::{Pair, Record};
 use crate::source::drain::Drainer;
 use crate::source::load::SourceStatus;
+use crate::sync::lock;
 
 /// How long a scrape waits for what the kernel has counted meanwhile. A drain takes 10 to 100 ms;
 /// past this the scrape answers with what is there.
@@ -125,12 +125,6 @@ impl State {
         }
     }
 
-    /// The OpenMetrics text, after everything that the kernel has counted so far was fetched.
-    pub async fn metrics(self: &Arc<Self>) -> String {
-        self.flush().await;
-        metrics::encode(self)
-    }
-
     /// The rows of `/v1/pairs`: one for each series, most packets first.
     pub async fn pairs(&self) -> serde_json::Value {
         self.flush().await;
@@ -237,7 +231,9 @@ impl State {
         self.index.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn flush(&self) {
+    /// Fetches what the kernel has counted so far, and waits until it is published, or for as long as a
+    /// scrape may wait.
+    pub async fn flush(&self) {
         if let Some(drainer) = self.drainer.get()
             && tokio::time::timeout(FLUSH_TIMEOUT, drainer.flush())
                 .await
@@ -246,9 +242,4 @@ impl State {
             tracing::debug!("the counts were not fetched in time; answering with the last ones");
         }
     }
-}
-
-/// A poisoned lock still holds usable data: the writer panicked, the reader need not.
-pub fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -156,10 +156,27 @@ fn netns(found: &Found) -> Outcome {
     if let Some(reason) = found.lacks(Need::Lab).or_else(no_netns) {
         return Outcome::Skipped(reason);
     }
-    match execute(cargo("test").arg("--package=whydrop-tests")) {
+    match labs() {
         Ok(()) => Outcome::Passed("real drops on this machine's kernel".to_owned()),
         Err(error) => Outcome::Failed(format!("{error:#}")),
     }
+}
+
+fn labs() -> Result<()> {
+    // The labs start the agent as a program.
+    execute(cargo("build").arg("--package=whydrop"))?;
+    let labs = || {
+        let mut test = cargo("test");
+        test.args(["--package=whydrop-tests", "--no-fail-fast"]);
+        test
+    };
+    execute(&mut labs())?;
+    // Once more by what kernels without working trampolines get.
+    execute(
+        labs()
+            .args(["--test=netfilter", "--test=packets"])
+            .env("WHYDROP_ATTACH", "raw_tp"),
+    )
 }
 
 /// Why the lab cannot run on this machine.

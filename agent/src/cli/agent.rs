@@ -29,7 +29,8 @@ use crate::source::events::{Events, WallClock, pollable};
 use crate::source::load::{self, Loaded};
 use crate::source::symbols::Locator;
 use crate::source::sys;
-use crate::state::{MapStatus, ProgramStatus, State, lock};
+use crate::state::{MapStatus, ProgramStatus, State};
+use crate::sync::lock;
 
 /// Generations that wait for the pipeline. The drain thread blocks at the third, and the kernel map
 /// keeps counting meanwhile: nothing is lost by a slow pipeline.

@@ -47,8 +47,12 @@ mod tests {
     fn a_cause_is_said_once() {
         let inner = std::io::Error::from(std::io::ErrorKind::NotFound);
         let text = inner.to_string();
-        let error = anyhow::Error::new(inner).context(format!("cannot read x: {text}; look for it"));
-        assert_eq!(sentence(&error), format!("cannot read x: {text}; look for it"));
+        let error =
+            anyhow::Error::new(inner).context(format!("cannot read x: {text}; look for it"));
+        assert_eq!(
+            sentence(&error),
+            format!("cannot read x: {text}; look for it")
+        );
         let error: anyhow::Result<()> = Err(anyhow::anyhow!("the cause"));
         let error = error.context("what failed").expect_err("an error");
         assert_eq!(sentence(&error), "what failed: the cause");

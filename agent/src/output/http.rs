@@ -188,7 +188,9 @@ struct Local {
 }
 
 async fn metrics(Shared(state): Shared<Arc<State>>) -> Response {
-    ([(header::CONTENT_TYPE, OPENMETRICS)], state.metrics().await).into_response()
+    state.flush().await;
+    let text = crate::output::metrics::encode(&state);
+    ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response()
 }
 
 async fn ready(Shared(state): Shared<Arc<State>>) -> Response {

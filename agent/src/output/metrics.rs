@@ -11,7 +11,8 @@ use prometheus_client::registry::Registry;
 
 use crate::event::{LostStage, Outcome};
 use crate::record::{End, Pair, Series, Snapshot};
-use crate::state::{State, Status, lock};
+use crate::state::{State, Status};
+use crate::sync::lock;
 
 /// The text of a scrape; empty if it cannot be encoded, which is logged.
 pub fn encode(state: &Arc<State>) -> String {

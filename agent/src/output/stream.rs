@@ -14,7 +14,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::event::{Line, Lost, LostStage};
 use crate::selection::Selection;
-use crate::state::lock;
+use crate::sync::lock;
 
 /// How many lines are kept. At 20,000 lines a second, the most that the pipeline makes, that gives
 /// a reader 0.4 s to come back; at the hundred a second of a bad day it is more than a minute of

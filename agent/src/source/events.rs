@@ -122,7 +122,10 @@ mod tests {
         let before = WallClock::now();
         for hours in [-24 * 365 * 30, -1, 1, 24 * 365 * 30] {
             let step = SignedDuration::from_hours(hours);
-            let after = WallClock { now: before.now + step, ..before };
+            let after = WallClock {
+                now: before.now + step,
+                ..before
+            };
             let event = before.boot_ns - 5_000_000;
             assert_eq!(before.at(event) + step, after.at(event), "{hours} h");
             let later = after.at(event + 1_000).as_nanosecond() - after.at(event).as_nanosecond();
@@ -137,7 +140,10 @@ mod tests {
         assert!(clock.at(clock.boot_ns + 1) > clock.now);
         assert!(clock.at(u64::MAX) > clock.now);
         for now in [Timestamp::MIN, Timestamp::MAX] {
-            let clock = WallClock { now, boot_ns: u64::MAX / 2 };
+            let clock = WallClock {
+                now,
+                boot_ns: u64::MAX / 2,
+            };
             for boot_ns in [0, u64::MAX / 2, u64::MAX] {
                 let _ = clock.at(boot_ns);
             }
