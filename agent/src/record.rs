@@ -236,6 +236,11 @@ impl Record {
         });
     }
 
+    /// How many series there are.
+    pub fn series_count(&self) -> usize {
+        self.series.len()
+    }
+
     /// A copy of all counters at one moment, so that whoever encodes them need not hold up the
     /// pipeline.
     pub fn snapshot(&self) -> Snapshot {
