@@ -6,7 +6,9 @@
 //! | `packet.rs` | a packet's bytes to its innermost flow |
 //! | `dns.rs` | the question of a query |
 //! | `late.rs` | answers that left after their drop |
+//! | `attempt.rs` | an attempt that nobody answered |
 
+pub mod attempt;
 pub mod classify;
 pub mod dns;
 pub mod late;
