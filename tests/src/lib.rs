@@ -9,6 +9,9 @@
 //! | [`packet`] | packets as bytes, also those that no socket would send |
 //! | [`traffic`] | connects, bursts and raw packets, sent from inside a namespace |
 //! | [`bystander`] | allowed traffic of the second pair, which must never be blamed |
+//! | [`connects`] | TCP connects, many at once, held, and the fate of each |
+//! | [`listeners`] | TCP servers that accept everyone, or nobody |
+//! | [`sockets`] | the TCP sockets of a host, as the kernel lists them |
 //! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
 //! | [`kernel`] | the programs and maps that a process has in the kernel |
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
@@ -25,14 +28,17 @@
 pub mod agent;
 pub mod bench;
 pub mod bystander;
+pub mod connects;
 pub mod counters;
 pub mod expect;
 pub mod kernel;
 pub mod lab;
+pub mod listeners;
 pub mod objects;
 pub mod packet;
 pub mod place;
 pub mod scene;
+pub mod sockets;
 pub mod traffic;
 pub mod xdp;
 
