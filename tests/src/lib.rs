@@ -11,6 +11,8 @@
 //! | [`bystander`] | allowed traffic of the second pair, which must never be blamed |
 //! | [`connects`] | TCP connects, many at once, held, and the fate of each |
 //! | [`listeners`] | TCP servers that accept everyone, or nobody |
+//! | [`dns_server`] | a DNS server whose answer the name decides |
+//! | [`dns_client`] | DNS clients with ids that a test chooses |
 //! | [`sockets`] | the TCP sockets of a host, as the kernel lists them |
 //! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
 //! | [`kernel`] | the programs and maps that a process has in the kernel |
@@ -30,6 +32,8 @@ pub mod bench;
 pub mod bystander;
 pub mod connects;
 pub mod counters;
+pub mod dns_client;
+pub mod dns_server;
 pub mod expect;
 pub mod kernel;
 pub mod lab;
