@@ -21,6 +21,8 @@
 //! | [`scene`] | a lab with a dropper, an agent and a bystander: what nearly every test needs |
 //! | [`bench`] | `cargo xtask bench`: what is measured, each beside a peer |
 //! | [`expect`](mod@expect) | what the agent must show for a lab, and nothing else |
+//! | [`unanswered`] | what it must say of attempts that nobody answered |
+//! | [`tallies`] | what it counts of a workload's connects and DNS |
 //!
 //! An agent sees the whole node, so also the drops of tests that run at the same time. Every lab
 //! therefore has addresses of its own, and what is checked is checked by pair. A test on node-wide
@@ -43,7 +45,9 @@ pub mod packet;
 pub mod place;
 pub mod scene;
 pub mod sockets;
+pub mod tallies;
 pub mod traffic;
+pub mod unanswered;
 pub mod xdp;
 
 /// Makes of each function `fn name(family: Family) -> Result<()>` two tests, `name::ipv4` and

@@ -1,0 +1,463 @@
+//! What the agent must say of attempts that nobody answered: of each one line, when its time is over
+//! and not later, by its own port and id; and of no other.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::agent::{Agent, POLL, Received, Sample};
+use crate::connects::{Connects, Options};
+use crate::dns_client::Client;
+use crate::dns_server::A;
+use crate::lab::{Family, Host, Lab, Place};
+use crate::packet::dns_query;
+
+/// How much later than its timeout an attempt may be reported.
+pub const GRACE: Duration = Duration::from_millis(500);
+/// How much longer the line of it may take on a machine with other work.
+const DELIVERY: Duration = Duration::from_secs(1);
+/// Until a line or counter must be there after all that.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// The arguments of an agent that tests wait for: both timeouts in milliseconds.
+pub fn timeouts(ms: &str) -> [&str; 4] {
+    ["--syn-timeout", ms, "--dns-timeout", ms]
+}
+
+/// Which attempt: its protocol, the sender's address and port, and of DNS its id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    from: SocketAddr,
+    /// `None` of a connect.
+    id: Option<u16>,
+    tcp: bool,
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.id {
+            Some(id) => write!(f, "query {id} from {}", self.from),
+            None => write!(f, "connect from {}", self.from),
+        }
+    }
+}
+
+/// An attempt that must be called unanswered.
+#[derive(Clone, Debug)]
+pub struct Unanswered {
+    key: Key,
+    pod: Option<&'static str>,
+    to_port: u16,
+    to_pod: Option<&'static str>,
+    service: &'static str,
+    dropped_here: bool,
+    /// Reasons, if a drop must be shown.
+    reasons: Option<&'static [&'static str]>,
+    packets: RangeInclusive<u64>,
+    name: Option<String>,
+    /// When it began, where the time of its line is looked at, and the timeout.
+    time: Option<(Instant, Duration)>,
+}
+
+impl Unanswered {
+    fn new(key: Key, to_port: u16) -> Self {
+        Self {
+            key,
+            pod: Some(Host::Client.name()),
+            to_port,
+            to_pod: Some(Host::Server.name()),
+            service: "",
+            dropped_here: false,
+            reasons: None,
+            packets: 1..=u64::MAX,
+            name: None,
+            time: None,
+        }
+    }
+
+    /// A connect of the client to a port of the server, lost elsewhere.
+    pub fn connect(from: SocketAddr, to_port: u16) -> Self {
+        let key = Key {
+            from,
+            id: None,
+            tcp: true,
+        };
+        Self::new(key, to_port)
+    }
+
+    /// A query of the client to a port of the server by UDP, lost elsewhere.
+    pub fn query(from: SocketAddr, id: u16, name: &str, to_port: u16) -> Self {
+        let key = Key {
+            from,
+            id: Some(id),
+            tcp: false,
+        };
+        Self {
+            name: Some(format!("{name}.")),
+            ..Self::new(key, to_port)
+        }
+    }
+
+    /// The query was sent by TCP.
+    #[must_use]
+    pub fn by_tcp(mut self) -> Self {
+        self.key.tcp = true;
+        self
+    }
+
+    /// This node dropped a packet of it; no particular place.
+    #[must_use]
+    pub fn dropped_here(mut self) -> Self {
+        self.dropped_here = true;
+        self
+    }
+
+    /// This node dropped a packet of it for one of these reasons, which the line shows.
+    #[must_use]
+    pub fn reason(mut self, reasons: &'static [&'static str]) -> Self {
+        self.reasons = Some(reasons);
+        self.dropped_here()
+    }
+
+    /// The sender asked for this Service (`name` in the lab's namespace).
+    #[must_use]
+    pub fn service(mut self, service: &'static str) -> Self {
+        self.service = service;
+        self
+    }
+
+    /// The sender's pod, if it is not the client; `None` where the sender's address names none.
+    #[must_use]
+    pub fn pod(mut self, pod: Option<&'static str>) -> Self {
+        self.pod = pod;
+        self
+    }
+
+    /// The destination's pod, if it is not the server; `None` where the address is nobody's.
+    #[must_use]
+    pub fn to_pod(mut self, pod: Option<&'static str>) -> Self {
+        self.to_pod = pod;
+        self
+    }
+
+    /// How many packets had been sent when it was found.
+    #[must_use]
+    pub fn packets(mut self, packets: RangeInclusive<u64>) -> Self {
+        self.packets = packets;
+        self
+    }
+
+    /// It hangs, and so is found when its time is over, by an agent with this timeout.
+    #[must_use]
+    pub fn hangs(mut self, since: Instant, timeout: Duration) -> Self {
+        self.time = Some((since, timeout));
+        self
+    }
+
+    fn kind(&self) -> &'static str {
+        if self.key.id.is_some() { "dns" } else { "syn" }
+    }
+
+    fn cause(&self) -> &'static str {
+        if self.dropped_here {
+            "dropped_here"
+        } else {
+            "elsewhere"
+        }
+    }
+
+    /// What is wrong with a line about it.
+    fn faults(&self, lab: &Lab, received: &Received) -> Vec<String> {
+        let line = &received.json;
+        let mut faults = Vec::new();
+        let mut must = |what: &str, found: &Value, wanted: Value| {
+            if *found != wanted {
+                faults.push(format!("{what} is {found}, not {wanted}"));
+            }
+        };
+        let absent = |pod: Option<&str>| pod.map_or(Value::Null, Value::from);
+        must("kind", &line["kind"], self.kind().into());
+        must("cause", &line["cause"], self.cause().into());
+        must("source.pod", &line["source"]["pod"], absent(self.pod));
+        let destination = &line["destination"];
+        must("destination.pod", &destination["pod"], absent(self.to_pod));
+        must(
+            "destination.port",
+            &destination["port"],
+            self.to_port.into(),
+        );
+        let service = &destination["service"];
+        if self.service.is_empty() {
+            must("destination.service", service, Value::Null);
+        } else {
+            must("service.name", &service["name"], self.service.into());
+            must(
+                "service.namespace",
+                &service["namespace"],
+                lab.namespace().into(),
+            );
+        }
+        if let Some(name) = &self.name {
+            must("dns.name", &line["dns"]["name"], name.as_str().into());
+        } else {
+            must("dns", &line["dns"], Value::Null);
+        }
+        if !self.dropped_here {
+            must("drop", &line["drop"], Value::Null);
+        }
+        let reason = line["drop"]["reason"].as_str();
+        // Kernels before 5.17 know no reasons.
+        if let Some(reasons) = self.reasons
+            && (line["drop"].is_null() || reason.is_some_and(|reason| !reasons.contains(&reason)))
+        {
+            faults.push(format!("drop is {}, not {reasons:?}", line["drop"]));
+        }
+        match line["packets"].as_u64() {
+            Some(packets) if self.packets.contains(&packets) => {}
+            _ => faults.push(format!(
+                "packets is {}, not {:?}",
+                line["packets"], self.packets
+            )),
+        }
+        let waited = line["waited_seconds"].as_f64();
+        match (waited, self.time) {
+            (None, _) => faults.push(format!("waited_seconds is {}", line["waited_seconds"])),
+            (Some(waited), Some((since, timeout))) => {
+                let limits = timeout.as_secs_f64()..=(timeout + GRACE).as_secs_f64();
+                if !limits.contains(&waited) {
+                    faults.push(format!("waited_seconds is {waited}, not in {limits:?}"));
+                }
+                let after = received.at.saturating_duration_since(since);
+                if after < timeout || after > timeout + GRACE + DELIVERY {
+                    faults.push(format!("the line came {after:?} after it began"));
+                }
+            }
+            (Some(_), None) => {}
+        }
+        faults
+    }
+}
+
+impl fmt::Display for Unanswered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pod = self.to_pod.unwrap_or("nobody");
+        write!(
+            f,
+            "{} to {pod}:{}, {}",
+            self.key,
+            self.to_port,
+            self.cause()
+        )
+    }
+}
+
+/// Which attempt a line is about, if it calls one of the lab's pods' unanswered.
+fn key(lab: &Lab, line: &Value) -> Option<Key> {
+    let source = &line["source"];
+    let ip: IpAddr = source["ip"].as_str()?.parse().ok()?;
+    let ours = source["namespace"] == lab.namespace().as_str() || ip.is_loopback();
+    let marker = line["destination"]["pod"] == "marker";
+    (line["outcome"] == "unanswered" && ours && !marker).then(|| Key {
+        from: SocketAddr::new(ip, line["source"]["port"].as_u64().unwrap_or(0) as u16),
+        id: line["dns"]["id"].as_u64().map(|id| id as u16),
+        tcp: line["protocol"] == "TCP",
+    })
+}
+
+/// Waits until the agent has said so of each of these, and checks what it said. More may follow.
+///
+/// # Errors
+/// One is missing, or a line about it is wrong.
+pub fn wait(lab: &Lab, agent: &Agent, wanted: &[Unanswered]) -> Result<()> {
+    let by_key: HashMap<Key, &Unanswered> = wanted.iter().map(|one| (one.key, one)).collect();
+    ensure!(
+        by_key.len() == wanted.len(),
+        "the test names one attempt twice"
+    );
+    let mut missing = by_key.clone();
+    let mut faults = Vec::new();
+    let mut seen = 0;
+    let deadline = Instant::now() + DEADLINE;
+    while !missing.is_empty() {
+        for received in agent.received(seen) {
+            seen += 1;
+            if let Some(found) = key(lab, &received.json).and_then(|key| missing.remove(&key)) {
+                let wrong = found.faults(lab, &received);
+                if !wrong.is_empty() {
+                    let wrong = wrong.join("; ");
+                    faults.push(format!("{found}: {wrong}\n    {}", received.json));
+                }
+            }
+        }
+        if Instant::now() > deadline {
+            let missing: Vec<String> = missing.values().map(ToString::to_string).collect();
+            faults.push(format!(
+                "{} of {} are not said to be unanswered:\n    {}",
+                missing.len(),
+                wanted.len(),
+                some(&missing)
+            ));
+            break;
+        }
+        std::thread::sleep(POLL);
+    }
+    ensure!(
+        faults.is_empty(),
+        "{} faults:\n  {}",
+        faults.len(),
+        some(&faults)
+    );
+    Ok(())
+}
+
+/// The first of many lines.
+fn some(lines: &[String]) -> String {
+    const MOST: usize = 12;
+    let mut text = lines
+        .iter()
+        .take(MOST)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join("\n    ");
+    if lines.len() > MOST {
+        text += &format!("\n    and {} more", lines.len() - MOST);
+    }
+    text
+}
+
+/// Checks that the agent said so of each of these once and of nothing else, in lines and counters.
+///
+/// That no further line comes is shown by two markers: a connect and a query of another pod that
+/// begin afterwards. When both are said to be unanswered, so is everything that began before.
+///
+/// # Errors
+/// Says what is missing, twice, wrong, or should not be.
+pub fn expect(lab: &Lab, agent: &Agent, wanted: &[Unanswered]) -> Result<()> {
+    wait(lab, agent, wanted)?;
+    markers(lab, agent)?;
+    let mut times: BTreeMap<Key, usize> = BTreeMap::new();
+    let mut lines = HashMap::new();
+    for received in agent.received(0) {
+        if let Some(key) = key(lab, &received.json) {
+            *times.entry(key).or_default() += 1;
+            lines.insert(key, received.json);
+        }
+    }
+    let expected: HashSet<Key> = wanted.iter().map(|one| one.key).collect();
+    let mut faults = Vec::new();
+    for (key, times) in &times {
+        if !expected.contains(key) {
+            faults.push(format!("nobody expected the {key}: {}", lines[key]));
+        } else if *times != 1 {
+            faults.push(format!("{times} lines of the {key}: {}", lines[key]));
+        }
+    }
+    ensure!(
+        faults.is_empty(),
+        "{} faults:\n    {}",
+        faults.len(),
+        some(&faults)
+    );
+    counters(lab, agent, wanted)
+}
+
+/// A pair as `whydrop_unanswered_total` names it: both pods, kind, cause and Service.
+type Pair = [String; 5];
+
+/// Checks `whydrop_unanswered_total` of the lab.
+fn counters(lab: &Lab, agent: &Agent, wanted: &[Unanswered]) -> Result<()> {
+    let mut sums: BTreeMap<Pair, u64> = BTreeMap::new();
+    for one in wanted {
+        let service = match one.service {
+            "" => String::new(),
+            name => format!("{}/{name}", lab.namespace()),
+        };
+        let [pod, to_pod] = [one.pod, one.to_pod].map(|pod| pod.unwrap_or_default().to_owned());
+        let pair = [
+            pod,
+            to_pod,
+            one.kind().to_owned(),
+            one.cause().to_owned(),
+            service,
+        ];
+        *sums.entry(pair).or_default() += 1;
+    }
+    // The lab's own pods as senders; one without a pod is known by its lines only.
+    sums.retain(|pair, _| !pair[0].is_empty());
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        let found = found(lab, &agent.metrics()?);
+        if found == sums {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "whydrop_unanswered_total is\n  {found:?}, not\n  {sums:?}"
+        );
+        std::thread::sleep(POLL);
+    }
+}
+
+fn found(lab: &Lab, samples: &[Sample]) -> BTreeMap<Pair, u64> {
+    let mut sums = BTreeMap::new();
+    for sample in samples {
+        if sample.name == "whydrop_unanswered_total"
+            && sample.value > 0.0
+            && sample.label("source_namespace") == lab.namespace()
+            && sample.label("destination_pod") != "marker"
+        {
+            let pair = [
+                "source_pod",
+                "destination_pod",
+                "kind",
+                "cause",
+                "destination_service",
+            ]
+            .map(|label| sample.label(label).to_owned());
+            *sums.entry(pair).or_default() += sample.value as u64;
+        }
+    }
+    sums
+}
+
+/// A connect and a query to an address whose packets the router drops, until both are reported.
+fn markers(lab: &Lab, agent: &Agent) -> Result<()> {
+    let to = |port| lab.socket(Place::Marker, Family::V4, port);
+    let from = lab.socket(Place::Of(Host::Client2), Family::V4, 0);
+    let (connect, client) = lab.within(Host::Client2, || -> Result<_> {
+        let connect = Connects::open([to(9)], Options::default())?;
+        let client = Client::unconnected(from)?;
+        client
+            .socket()
+            .send_to(&dns_query(1, "marker.test", A), to(53))?;
+        Ok((connect, client))
+    })?;
+    let connect = connect.iter().next().context("no connect")?.from.port();
+    let wanted = [("syn", connect), ("dns", client.from.port())];
+    let deadline = Instant::now() + DEADLINE;
+    let mut seen = 0;
+    let mut reported = [false; 2];
+    while reported != [true; 2] {
+        for Received { json, .. } in agent.received(seen) {
+            seen += 1;
+            for ((kind, port), reported) in wanted.iter().zip(&mut reported) {
+                *reported |= json["outcome"] == "unanswered"
+                    && json["kind"] == *kind
+                    && json["source"]["port"] == *port
+                    && json["destination"]["pod"] == "marker";
+            }
+        }
+        if Instant::now() > deadline {
+            bail!(
+                "of the markers, a connect and a query that nft drops, {reported:?} are reported"
+            );
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(())
+}
