@@ -8,7 +8,7 @@
 //! | `rcodeN` | answers with response code N and no record |
 //! | `delayN` | answers after N ms |
 //! | `cut` | over UDP, answers with the truncation bit and no record |
-//! | `long` | answers with some 1,000 bytes |
+//! | `long` | answers with some 3,000 bytes: UDP in fragments |
 //! | anything else | answers with one record |
 
 use std::io::{self, Read as _, Write as _};
@@ -35,8 +35,8 @@ pub(crate) const BUFFER_BYTES: usize = 4_096;
 const HEADER_BYTES: usize = 12;
 /// How often a server sees whether to stop.
 const LOOK: Duration = Duration::from_millis(50);
-/// Bytes of the record of a `long` answer: four strings of 249 bytes.
-const LONG_BYTES: u16 = 1_000;
+/// The record of a `long` answer: so many strings of 249 bytes, each behind its length.
+const LONG_STRINGS: usize = 12;
 
 /// A server, over UDP and TCP. Dropping it ends it.
 pub struct Server {
@@ -214,7 +214,7 @@ fn answer(query: &[u8], udp: bool) -> Option<(Duration, Vec<u8>)> {
         // The name is the question's.
         bytes.extend([0xc0, HEADER_BYTES as u8]);
         let data: Vec<u8> = match kind {
-            _ if habit == "long" => vec![[249; 250]; usize::from(LONG_BYTES) / 250].concat(),
+            _ if habit == "long" => vec![[249; 250]; LONG_STRINGS].concat(),
             AAAA => [&[0xfd][..], &[0; 14], &[1]].concat(),
             _ => vec![192, 0, 2, 1],
         };
@@ -284,7 +284,7 @@ mod tests {
             *b"\x81\x80\0\x01\0\x01"
         );
         assert_eq!(of("delay250-1.test", true).unwrap().0.as_millis(), 250);
-        assert!(of("long-1.test", true).unwrap().1.len() > 1_000);
+        assert!(of("long-1.test", true).unwrap().1.len() > 3_000);
         let mut answer_to = bytes;
         assert_eq!(answer(&answer_to, true), None, "an answer is no query");
         answer_to.truncate(15);

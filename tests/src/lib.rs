@@ -13,6 +13,7 @@
 //! | [`listeners`] | TCP servers that accept everyone, or nobody |
 //! | [`dns_server`] | a DNS server whose answer the name decides |
 //! | [`dns_client`] | DNS clients with ids that a test chooses |
+//! | [`queries`] | DNS queries by what becomes of them |
 //! | [`sockets`] | the TCP sockets of a host, as the kernel lists them |
 //! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
 //! | [`kernel`] | the programs and maps that a process has in the kernel |
@@ -43,6 +44,7 @@ pub mod listeners;
 pub mod objects;
 pub mod packet;
 pub mod place;
+pub mod queries;
 pub mod scene;
 pub mod sockets;
 pub mod tallies;

@@ -47,13 +47,21 @@ impl fmt::Display for Key {
     }
 }
 
+/// The pod that an attempt must be said to go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum To {
+    Pod(&'static str),
+    /// Whatever the agent says: the test cannot tell.
+    Any,
+}
+
 /// An attempt that must be called unanswered.
 #[derive(Clone, Debug)]
 pub struct Unanswered {
     key: Key,
-    pod: Option<&'static str>,
+    pod: &'static str,
     to_port: u16,
-    to_pod: Option<&'static str>,
+    to: To,
     service: &'static str,
     dropped_here: bool,
     /// Reasons, if a drop must be shown.
@@ -68,9 +76,9 @@ impl Unanswered {
     fn new(key: Key, to_port: u16) -> Self {
         Self {
             key,
-            pod: Some(Host::Client.name()),
+            pod: Host::Client.name(),
             to_port,
-            to_pod: Some(Host::Server.name()),
+            to: To::Pod(Host::Server.name()),
             service: "",
             dropped_here: false,
             reasons: None,
@@ -131,17 +139,24 @@ impl Unanswered {
         self
     }
 
-    /// The sender's pod, if it is not the client; `None` where the sender's address names none.
+    /// The sender's pod, if it is not the client.
     #[must_use]
-    pub fn pod(mut self, pod: Option<&'static str>) -> Self {
+    pub fn of(mut self, pod: &'static str) -> Self {
         self.pod = pod;
         self
     }
 
-    /// The destination's pod, if it is not the server; `None` where the address is nobody's.
+    /// The destination's pod, if it is not the server.
     #[must_use]
-    pub fn to_pod(mut self, pod: Option<&'static str>) -> Self {
-        self.to_pod = pod;
+    pub fn to_pod(mut self, pod: &'static str) -> Self {
+        self.to = To::Pod(pod);
+        self
+    }
+
+    /// The destination is not looked at: it has no pod, or there are several.
+    #[must_use]
+    pub fn to_any(mut self) -> Self {
+        self.to = To::Any;
         self
     }
 
@@ -180,12 +195,13 @@ impl Unanswered {
                 faults.push(format!("{what} is {found}, not {wanted}"));
             }
         };
-        let absent = |pod: Option<&str>| pod.map_or(Value::Null, Value::from);
         must("kind", &line["kind"], self.kind().into());
         must("cause", &line["cause"], self.cause().into());
-        must("source.pod", &line["source"]["pod"], absent(self.pod));
+        must("source.pod", &line["source"]["pod"], self.pod.into());
         let destination = &line["destination"];
-        must("destination.pod", &destination["pod"], absent(self.to_pod));
+        if let To::Pod(pod) = self.to {
+            must("destination.pod", &destination["pod"], pod.into());
+        }
         must(
             "destination.port",
             &destination["port"],
@@ -245,7 +261,10 @@ impl Unanswered {
 
 impl fmt::Display for Unanswered {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pod = self.to_pod.unwrap_or("nobody");
+        let pod = match self.to {
+            To::Pod(pod) => pod,
+            To::Any => "any",
+        };
         write!(
             f,
             "{} to {pod}:{}, {}",
@@ -338,12 +357,22 @@ fn some(lines: &[String]) -> String {
 /// # Errors
 /// Says what is missing, twice, wrong, or should not be.
 pub fn expect(lab: &Lab, agent: &Agent, wanted: &[Unanswered]) -> Result<()> {
+    expect_beside(lab, agent, "", wanted)
+}
+
+/// As [`expect`], where what one pod sends is not looked at.
+///
+/// # Errors
+/// As [`expect`].
+pub fn expect_beside(lab: &Lab, agent: &Agent, other: &str, wanted: &[Unanswered]) -> Result<()> {
     wait(lab, agent, wanted)?;
     markers(lab, agent)?;
     let mut times: BTreeMap<Key, usize> = BTreeMap::new();
     let mut lines = HashMap::new();
     for received in agent.received(0) {
-        if let Some(key) = key(lab, &received.json) {
+        if received.json["source"]["pod"] != other
+            && let Some(key) = key(lab, &received.json)
+        {
             *times.entry(key).or_default() += 1;
             lines.insert(key, received.json);
         }
@@ -363,35 +392,43 @@ pub fn expect(lab: &Lab, agent: &Agent, wanted: &[Unanswered]) -> Result<()> {
         faults.len(),
         some(&faults)
     );
-    counters(lab, agent, wanted)
+    counters(lab, agent, other, wanted)
 }
 
-/// A pair as `whydrop_unanswered_total` names it: both pods, kind, cause and Service.
+/// A pair as `whydrop_unanswered_total` names it: source, destination, kind, cause and Service.
 type Pair = [String; 5];
 
 /// Checks `whydrop_unanswered_total` of the lab.
-fn counters(lab: &Lab, agent: &Agent, wanted: &[Unanswered]) -> Result<()> {
+fn counters(lab: &Lab, agent: &Agent, other: &str, wanted: &[Unanswered]) -> Result<()> {
+    // One whose destination is not looked at is counted without one, and so are all then.
+    let any = wanted.iter().any(|one| one.to == To::Any);
     let mut sums: BTreeMap<Pair, u64> = BTreeMap::new();
     for one in wanted {
         let service = match one.service {
             "" => String::new(),
             name => format!("{}/{name}", lab.namespace()),
         };
-        let [pod, to_pod] = [one.pod, one.to_pod].map(|pod| pod.unwrap_or_default().to_owned());
-        let pair = [
-            pod,
-            to_pod,
-            one.kind().to_owned(),
-            one.cause().to_owned(),
-            service,
-        ];
+        let to = match one.to {
+            To::Pod(pod) if !any => pod.to_owned(),
+            _ => String::new(),
+        };
+        let [kind, cause] = [one.kind(), one.cause()].map(str::to_owned);
+        let pair = [one.pod.to_owned(), to, kind, cause, service];
         *sums.entry(pair).or_default() += 1;
     }
-    // The lab's own pods as senders; one without a pod is known by its lines only.
-    sums.retain(|pair, _| !pair[0].is_empty());
     let deadline = Instant::now() + DEADLINE;
     loop {
-        let found = found(lab, &agent.metrics()?);
+        let mut found: BTreeMap<Pair, u64> = BTreeMap::new();
+        for sample in agent.metrics()? {
+            if let Some(mut pair) = pair(lab, &sample)
+                && pair[0] != other
+            {
+                if any {
+                    pair[1].clear();
+                }
+                *found.entry(pair).or_default() += sample.value as u64;
+            }
+        }
         if found == sums {
             return Ok(());
         }
@@ -403,26 +440,20 @@ fn counters(lab: &Lab, agent: &Agent, wanted: &[Unanswered]) -> Result<()> {
     }
 }
 
-fn found(lab: &Lab, samples: &[Sample]) -> BTreeMap<Pair, u64> {
-    let mut sums = BTreeMap::new();
-    for sample in samples {
-        if sample.name == "whydrop_unanswered_total"
-            && sample.value > 0.0
-            && sample.label("source_namespace") == lab.namespace()
-            && sample.label("destination_pod") != "marker"
-        {
-            let pair = [
-                "source_pod",
-                "destination_pod",
-                "kind",
-                "cause",
-                "destination_service",
-            ]
-            .map(|label| sample.label(label).to_owned());
-            *sums.entry(pair).or_default() += sample.value as u64;
-        }
-    }
-    sums
+/// The pair of a sample of `whydrop_unanswered_total`, if it is one of the lab's.
+fn pair(lab: &Lab, sample: &Sample) -> Option<Pair> {
+    let ours = sample.name == "whydrop_unanswered_total"
+        && sample.value > 0.0
+        && sample.label("source_namespace") == lab.namespace()
+        && sample.label("destination_pod") != "marker";
+    let labels = [
+        "source_pod",
+        "destination_pod",
+        "kind",
+        "cause",
+        "destination_service",
+    ];
+    ours.then(|| labels.map(|label| sample.label(label).to_owned()))
 }
 
 /// A connect and a query to an address whose packets the router drops, until both are reported.
