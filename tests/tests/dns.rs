@@ -104,7 +104,7 @@ fn answered(family: Family) -> Result<()> {
     let sockets = to_server(&scene)?;
     let mut counts = [0; RCODES.len()];
     for (code, count) in (0_u8..).zip(&mut counts) {
-        let asked = sockets.ask(100 * u16::from(code), &format!("rcode{code}"))?;
+        let asked = sockets.ask(20 * u16::from(code), &format!("rcode{code}"))?;
         all_answered(&sockets.hear(asked.len())?, &asked, code)?;
         *count += u64::from(EACH);
     }
