@@ -1,5 +1,6 @@
-//! Reading kernel memory: the only two ways that exist.
+//! Reading kernel memory: the only two ways that exist; and adding to what all CPUs write.
 
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use core::mem::MaybeUninit;
 
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
@@ -43,4 +44,17 @@ pub unsafe fn copy<T>(to: &mut T, address: u64) -> bool {
             address as *const _,
         ) == 0
     }
+}
+
+/// Adds to a map's value that several CPUs write.
+///
+/// The intrinsic, because `AtomicU64` has no `fetch_add` on a target without compare-and-swap.
+/// Relaxed and its result not used: so it becomes the one atomic instruction that kernels before 5.12
+/// have.
+///
+/// # Safety
+/// `to` is a map's value.
+#[inline(always)]
+pub unsafe fn atomic_add(to: *mut u64, change: u64) {
+    let _ = unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(to, change) };
 }

@@ -1,5 +1,6 @@
 //! What a packet's conntrack entry tells: the destination before DNAT, and the real one of a reply.
 
+use whydrop_ebpf::attempt::Tuple;
 use whydrop_ebpf::{FLAG_ENCAPSULATED, FlowKey, MISSING, TupleHash};
 
 use crate::access::{copy, field};
@@ -64,6 +65,29 @@ fn translated(entry: u64, key: &mut FlowKey) {
         key.original_destination = original.destination.address;
         key.original_destination_port = port;
     }
+}
+
+/// The two ends of the connection as its first packet had them, before any NAT; false where there is
+/// no conntrack entry.
+#[inline(always)]
+pub fn original(nfct: u64, tuple: &mut Tuple) -> bool {
+    let mut original = TupleHash::default();
+    if entry(nfct) == 0
+        || offset!(ct_tuplehash) == MISSING
+        || !unsafe {
+            copy(
+                &mut original,
+                entry(nfct) + u64::from(offset!(ct_tuplehash)),
+            )
+        }
+    {
+        return false;
+    }
+    tuple.source = original.source.address;
+    tuple.destination = original.destination.address;
+    tuple.source_port = u16::from_be(original.source.port_be);
+    tuple.destination_port = u16::from_be(original.destination.port_be);
+    true
 }
 
 /// Fills in the flow of the packet that is answered as it is between DNAT and SNAT, which is how it

@@ -9,15 +9,17 @@ use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
 use aya_log_ebpf::debug;
 use whydrop_ebpf::{
     Control, Cpu, DropEvent, EVENTS_PER_DNS_FLOW, EVENTS_PER_FLOW, FLAG_LOCAL_DATAGRAM, FlowCount,
-    FlowKey, KIND_DNS, KIND_PACKET, MISSING, OverflowCount, OverflowKey, Packet, PerCpu, REASONS,
-    SNAP_LEN, TOLD_COUNTED, UNTOLD, Work,
+    FlowKey, KIND_DNS, KIND_PACKET, KIND_SYN, MISSING, OverflowCount, OverflowKey, Packet, PerCpu,
+    REASONS, SNAP_LEN, TOLD_COUNTED, UNTOLD, Work,
 };
 
 use crate::access::{copy, field};
 use crate::conntrack;
-use crate::maps::{BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, offset};
-use crate::packet::{self, ICMP, ICMPV6, MAC_HEADER_UNSET, SCTP, TCP, UDP};
-use crate::told;
+use crate::maps::{
+    BENIGN, BENIGN_COUNT, CONTROL, CPU, EVENTS, FLOWS_0, FLOWS_1, OVERFLOW, offset, setting,
+};
+use crate::packet::{self, ICMP, ICMPV6, MAC_HEADER_UNSET, SCTP, SYN_ACK, TCP, UDP};
+use crate::{connect, dns, told};
 
 /// Events of a CPU in one window of 100 ms that each wake the agent. A wake-up interrupts this CPU,
 /// which is more than all else that a drop costs.
@@ -109,6 +111,9 @@ unsafe fn count_flow<C, const TYPED: bool>(
         told = UNTOLD;
     }
 
+    unsafe { attempt::<TYPED>(skb, nfct, work) };
+    let Work { key, packet, .. } = work;
+
     cpu.counted += 1;
     // Read once: it can change at any time.
     let generation = unsafe { (&raw const control.generation).read_volatile() };
@@ -136,6 +141,26 @@ unsafe fn count_flow<C, const TYPED: bool>(
     let wake = cpu.events <= EVENTS_THAT_WAKE || cpu.events.is_multiple_of(EVENTS_A_WAKE);
     if !unsafe { send::<TYPED>(skb, key, packet, generation, wake) } {
         cpu.ring_full += 1;
+    }
+}
+
+/// Lays a first packet or its answer to the attempt that it belongs to.
+#[inline(always)]
+unsafe fn attempt<const TYPED: bool>(skb: *const u8, nfct: u64, work: &mut Work) {
+    let is_handshake = work.key.kind == KIND_SYN || work.packet.tcp_flags & SYN_ACK == SYN_ACK;
+    if setting!(connects) != 0 && is_handshake {
+        unsafe {
+            let sk = field::<*const u8, TYPED>(skb, offset!(skb_sk));
+            connect::dropped::<TYPED>(sk, nfct, work);
+        }
+    } else if setting!(dns) != 0
+        && work.key.protocol == UDP
+        && (work.key.kind == KIND_DNS || work.packet.is_response != 0)
+    {
+        unsafe {
+            let sk = field::<*const u8, TYPED>(skb, offset!(skb_sk));
+            dns::dropped::<TYPED>(skb, sk, nfct, work);
+        }
     }
 }
 

@@ -6,6 +6,8 @@
 //! against (`peers.rs`).
 #![no_std]
 
+pub mod attempt;
+
 /// An offset that the running kernel's BTF does not have. What needs it is turned off.
 pub const MISSING: u32 = u32::MAX;
 
@@ -215,6 +217,10 @@ pub struct Work {
     pub pointer: u64,
     /// An offset on its way to being forgotten by the verifier.
     pub offset: u32,
+    /// Offset of the transport header from `head`; 0 if there is none.
+    pub transport: u32,
+    /// Zero.
+    pub pad: u32,
     /// The program runs on this CPU. From 6.1 on the kernel itself keeps a program from
     /// interrupting itself.
     pub busy: u32,
@@ -240,8 +246,12 @@ pub struct Packet {
     pub is_query: u8,
     /// As in [`DropEvent`].
     pub told: u8,
-    /// Zero.
-    pub pad: [u8; 4],
+    /// The id of what may be a DNS message over UDP, host order.
+    pub dns_id: u16,
+    /// 1 if the UDP payload can begin with the header of a DNS answer.
+    pub is_response: u8,
+    /// The third byte of a DNS header (RFC 1035, 4.1.1).
+    pub dns_flags: u8,
 }
 
 /// Where an `sk_buff` keeps its linear bytes; offsets count from `head`.
@@ -292,6 +302,8 @@ pub struct Cpu {
     pub events: u32,
     /// Runs that found the program already running on this CPU (before 6.1).
     pub missed: u64,
+    /// What is counted about attempts.
+    pub attempts: attempt::AttemptCpu,
     /// One bit for each of `answers` that is set.
     pub answers_waiting: u64,
     /// Answers that wait for their drop.
@@ -308,6 +320,8 @@ pub struct PerCpu {
     pub drop: Work,
     /// The packet that is being sent; its program can interrupt the other.
     pub sent: Work,
+    /// The packet that is being received.
+    pub received: Work,
 }
 
 /// Offsets of kernel fields in bytes, from the running kernel's BTF; [`MISSING`] if it has none.
@@ -351,6 +365,36 @@ pub struct Offsets {
     pub sock_type: u32,
     /// `sock.sk_protocol`
     pub sock_protocol: u32,
+    /// `sock.__sk_common.skc_state`
+    pub sock_state: u32,
+    /// `sock.__sk_common.skc_family`
+    pub sock_family: u32,
+    /// `sock.__sk_common.skc_num`
+    pub sock_num: u32,
+    /// `inet_sock.inet_sport`
+    pub inet_sport: u32,
+    /// `sock.__sk_common.skc_dport`
+    pub sock_dport: u32,
+    /// `sock.__sk_common.skc_rcv_saddr`
+    pub sock_rcv_saddr: u32,
+    /// `sock.__sk_common.skc_daddr`
+    pub sock_daddr: u32,
+    /// `sock.__sk_common.skc_v6_rcv_saddr`
+    pub sock_v6_rcv_saddr: u32,
+    /// `sock.__sk_common.skc_v6_daddr`
+    pub sock_v6_daddr: u32,
+    /// `sock.sk_err`
+    pub sock_err: u32,
+    /// `sock.sk_err_soft`
+    pub sock_err_soft: u32,
+    /// `sock.sk_cgrp_data.cgroup`, in older kernels `val` at the same place
+    pub sock_cgroup: u32,
+    /// `cgroup.kn`
+    pub cgroup_kn: u32,
+    /// `kernfs_node.id`
+    pub kn_id: u32,
+    /// `sk_buff.transport_header`
+    pub skb_transport_header: u32,
     /// `nf_conn.status`
     pub ct_status: u32,
     /// `nf_conn.tuplehash`
@@ -358,6 +402,8 @@ pub struct Offsets {
     /// 1 if the tracepoint has the drop reason (its typedef in BTF says so; distributions
     /// backport it).
     pub has_reason: u32,
+    /// The number of the reason `NO_SOCKET`; [`MISSING`] if there is none.
+    pub reason_no_socket: u32,
 }
 
 impl Offsets {
@@ -380,9 +426,25 @@ impl Offsets {
         sock_net: MISSING,
         sock_type: MISSING,
         sock_protocol: MISSING,
+        sock_state: MISSING,
+        sock_family: MISSING,
+        sock_num: MISSING,
+        inet_sport: MISSING,
+        sock_dport: MISSING,
+        sock_rcv_saddr: MISSING,
+        sock_daddr: MISSING,
+        sock_v6_rcv_saddr: MISSING,
+        sock_v6_daddr: MISSING,
+        sock_err: MISSING,
+        sock_err_soft: MISSING,
+        sock_cgroup: MISSING,
+        cgroup_kn: MISSING,
+        kn_id: MISSING,
+        skb_transport_header: MISSING,
         ct_status: MISSING,
         ct_tuplehash: MISSING,
         has_reason: 0,
+        reason_no_socket: MISSING,
     };
 }
 
@@ -419,7 +481,8 @@ const _: () = assert!(size_of::<OverflowCount>() == 16);
 const _: () = assert!(size_of::<DropEvent>() == 72 + 8 + 8 + 8 + 16 + SNAP_LEN);
 const _: () = assert!(size_of::<Control>() == 16);
 const _: () = assert!(size_of::<Answer>() == 64);
-const _: () = assert!(size_of::<Cpu>() == 14 * 8 + ANSWER_SLOTS * 64);
-const _: () = assert!(size_of::<Work>() == 72 + 24 + 24 + 64 + 16);
-const _: () = assert!(size_of::<PerCpu>() == size_of::<Cpu>() + 2 * 200);
+const _: () =
+    assert!(size_of::<Cpu>() == 14 * 8 + size_of::<attempt::AttemptCpu>() + ANSWER_SLOTS * 64);
+const _: () = assert!(size_of::<Work>() == 72 + 24 + 24 + 64 + 24);
+const _: () = assert!(size_of::<PerCpu>() == size_of::<Cpu>() + 3 * size_of::<Work>());
 const _: () = assert!(size_of::<TupleHash>() == 56);

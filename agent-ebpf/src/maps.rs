@@ -1,7 +1,11 @@
 //! Every map and every global, with the reason for its size.
 
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, PerCpuArray, PerCpuHashMap, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, RingBuf};
+use whydrop_ebpf::attempt::{
+    Connect, DETAILS, EndedKey, Query, QueryKey, QueryWork, Settings, Swept, TALLIES, Tally,
+    TallyKey, Tuple,
+};
 use whydrop_ebpf::{
     Control, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, PerCpu, REASONS,
 };
@@ -16,6 +20,23 @@ pub static OFFSETS: Offsets = Offsets::NONE;
 /// counted by reason before anything else of the packet is read.
 #[unsafe(no_mangle)]
 pub static BENIGN: [u8; REASONS] = [0; REASONS];
+
+/// Set by the loader.
+#[unsafe(no_mangle)]
+pub static SETTINGS: Settings = Settings {
+    syn_timeout_ns: 0,
+    dns_timeout_ns: 0,
+    dns: 0,
+    connects: 0,
+};
+
+/// One field of [`SETTINGS`]; volatile as [`offset`].
+macro_rules! setting {
+    ($field:ident) => {
+        unsafe { core::ptr::read_volatile(&raw const $crate::maps::SETTINGS.$field) }
+    };
+}
+pub(crate) use setting;
 
 /// One field of [`OFFSETS`]. Volatile, because the compiler sees a constant that the loader replaces.
 macro_rules! offset {
@@ -61,3 +82,54 @@ pub static CPU: PerCpuArray<PerCpu> = PerCpuArray::with_max_entries(1, 0);
 /// Detail of drops on its way to the agent. Its size is set by the loader.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::with_byte_size(4096, 0);
+
+/// TCP sockets in SYN_SENT, by their address. As many as `--map-memory` has room for; past it a
+/// connect is not followed, which is counted. Preallocated: a tracepoint must not allocate before 6.1.
+#[map]
+pub static CONNECTS: HashMap<u64, Connect> = HashMap::with_max_entries(1024, 0);
+
+/// The sockets of [`CONNECTS`] that sent a SYN, by their two ends: a drop in another namespace finds
+/// its attempt by it. As large as [`CONNECTS`].
+#[map]
+pub static SYNS: HashMap<Tuple, u64> = HashMap::with_max_entries(1024, 0);
+
+/// Connects that ended unanswered or given up, until the agent fetches them. Only what ended between
+/// two looks of the agent's, so smaller than [`CONNECTS`].
+#[map]
+pub static ENDED: HashMap<EndedKey, Connect> = HashMap::with_max_entries(1024, 0);
+
+/// DNS queries that wait. A hash, not an LRU: a flood of new names must not push out what waits; what
+/// finds no room is counted.
+#[map]
+pub static QUERIES: HashMap<QueryKey, Query> = HashMap::with_max_entries(1024, 0);
+
+/// One element: how many keys the programs put into [`QUERIES`] and did not take out again. Equal to
+/// [`QUERIES_FORGOTTEN`], no query waits, and received packets are not looked at.
+#[map]
+pub static QUERIES_WAITING: Array<u64> = Array::with_max_entries(1, 0);
+
+/// One element, written by the agent: how many keys it took out of [`QUERIES`].
+#[map]
+pub static QUERIES_FORGOTTEN: Array<u64> = Array::with_max_entries(1, 0);
+
+/// What each CPU has at hand for DNS.
+#[map]
+pub static QUERY_WORK: PerCpuArray<QueryWork> = PerCpuArray::with_max_entries(1, 0);
+
+/// One element, written by the agent: how far it has looked.
+#[map]
+pub static SWEPT: Array<Swept> = Array::with_max_entries(1, 0);
+
+/// What became of attempts, in the two generations of [`CONTROL`]. Apart from the flows, so that a
+/// flood of drops takes no room from them; and not per CPU, because connects are no flood: adding
+/// atomically costs less than the memory of 128 CPUs.
+#[map]
+pub static TALLIES_0: HashMap<TallyKey, Tally> = HashMap::with_max_entries(1024, 0);
+/// See [`TALLIES_0`].
+#[map]
+pub static TALLIES_1: HashMap<TallyKey, Tally> = HashMap::with_max_entries(1024, 0);
+
+/// What found no room there, by what it was; never emptied.
+#[map]
+pub static TALLIES_OTHER: PerCpuArray<Tally> =
+    PerCpuArray::with_max_entries((TALLIES * DETAILS) as u32, 0);

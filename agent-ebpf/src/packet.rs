@@ -36,6 +36,7 @@ const UDPLITE: u8 = 136;
 const TCP_SYN: u8 = 0x02;
 pub const TCP_RST: u8 = 0x04;
 const TCP_ACK: u8 = 0x10;
+pub const SYN_ACK: u8 = TCP_SYN | TCP_ACK;
 
 const PORT_DNS: u16 = 53;
 const PORT_VXLAN: u16 = 4789;
@@ -65,6 +66,7 @@ pub unsafe fn read<const TYPED: bool>(skb: *const u8, work: &mut Work) {
             ethertype: ethertype.into(),
         }
     };
+    work.transport = 0;
     let mut at = u32::from(unsafe { field::<u16, TYPED>(skb, offset!(skb_network_header)) });
     let plain = at != 0
         && at + 20 <= work.buffer.tail
@@ -92,6 +94,7 @@ pub unsafe fn read<const TYPED: bool>(skb: *const u8, work: &mut Work) {
     work.packet.address = work.buffer.head + u64::from(at);
     work.packet.len = work.buffer.tail.saturating_sub(at);
     let transport = ip::<false>(work, at);
+    work.transport = transport;
     if transport == 0 || !is_tunnel(&work.key) {
         return;
     }
@@ -269,6 +272,7 @@ fn forget_outer(key: &mut FlowKey, packet: &mut Packet) {
     packet.tcp_flags = 0;
     packet.is_answer = 0;
     packet.is_query = 0;
+    packet.is_response = 0;
 }
 
 /// Reads a transport header that is not at one of the two usual places.
@@ -350,7 +354,13 @@ fn transport<const BASE: usize>(header: &Header, len: u32, key: &mut FlowKey, pa
         UDP => {
             packet.source_port = be16(header, BASE);
             key.destination_port = be16(header, BASE + 2);
-            packet.is_query = u8::from(is_query::<BASE>(header, len));
+            if len >= 8 + 12 {
+                packet.dns_id = be16(header, BASE + 8);
+                packet.dns_flags = header[BASE + 8 + 2];
+                // QR (RFC 1035, 4.1.1).
+                packet.is_response = packet.dns_flags >> 7;
+                packet.is_query = 1 - packet.is_response;
+            }
             if key.destination_port == PORT_DNS && packet.is_query != 0 {
                 key.kind = KIND_DNS;
             }
@@ -371,12 +381,6 @@ fn transport<const BASE: usize>(header: &Header, len: u32, key: &mut FlowKey, pa
         }
         _ => {}
     }
-}
-
-/// Whether the UDP payload begins with the header of a DNS query: QR clear (RFC 1035, 4.1.1).
-#[inline(always)]
-fn is_query<const BASE: usize>(header: &Header, len: u32) -> bool {
-    len >= 8 + 12 && header[BASE + 8 + 2] & 0x80 == 0
 }
 
 /// Whether the transport header can be that of a tunnel.

@@ -1,6 +1,6 @@
 //! Was the sender told? An answer leaves just before the drop, on the same CPU.
 //!
-//! RSTs of a REJECT and the kernel's ICMP and ICMPv6 errors are seen at `net_dev_queue`, so after the
+//! RSTs of a REJECT and the kernel's ICMP and ICMPv6 errors are seen at `net_dev_queue` (`sent.rs`), so after the
 //! kernel's rate limits, its routing and its own firewall rules: what does not leave tells nobody. An
 //! answer meets the packet that it answers by conntrack entry; where there is none, by the addresses
 //! of the packet that it quotes, or its own reversed.
@@ -22,7 +22,7 @@ use whydrop_ebpf::{
 use crate::access::field;
 use crate::conntrack;
 use crate::maps::{CONTROL, CPU, FLOWS_0, FLOWS_1, NEIGHBOUR_WAIT, offset};
-use crate::packet::{self, ICMP, ICMPV6, TCP};
+use crate::packet::{self, TCP};
 
 /// An answer is older than its drop by microseconds, more only if the sender's task was preempted
 /// between the two. What is older belongs to a packet that was not dropped.
@@ -31,20 +31,6 @@ const ANSWER_MAX_AGE_NS: u64 = 5_000_000;
 /// How long after a packet began to wait for its neighbour an answer can leave late: a neighbour is
 /// asked three times, one second apart, and packets that wait are sent at once when it answers.
 const LATE_NS: u64 = 4_000_000_000;
-
-/// `net_dev_queue(skb)`: every packet that is sent, so two loads turn the others away.
-#[btf_tracepoint(function = "net_dev_queue")]
-pub fn net_dev_queue(ctx: BtfTracePointContext) -> i32 {
-    unsafe { sent::<true>(ctx.arg(0)) };
-    0
-}
-
-/// The same where the kernel refuses `tp_btf`.
-#[raw_tracepoint(tracepoint = "net_dev_queue")]
-pub fn net_dev_queue_raw(ctx: RawTracePointContext) -> i32 {
-    unsafe { sent::<false>(ctx.arg(0)) };
-    0
-}
 
 /// `neigh_event_send_done(neigh, rc)`: `rc` is 1 where a packet waits for its neighbour's address.
 #[btf_tracepoint(function = "neigh_event_send_done")]
@@ -71,28 +57,9 @@ fn waits(rc: i32) -> i32 {
     0
 }
 
-#[inline(always)]
-unsafe fn sent<const TYPED: bool>(skb: *const u8) {
-    let sk = unsafe { field::<*const u8, TYPED>(skb, offset!(skb_sk)) };
-    if sk.is_null() {
-        // A forwarded packet was received; a RST of REJECT was not, and has no socket.
-        if unsafe { field::<u32, TYPED>(skb, offset!(skb_iif)) } != 0 {
-            return;
-        }
-    } else {
-        // The kernel's ICMP sockets. Not a full socket for a SYN-ACK: then this is some other byte
-        // of a slab, and the packet's own header decides.
-        let protocol = unsafe { field::<u16, TYPED>(sk, offset!(sock_protocol)) };
-        if protocol != ICMP.into() && protocol != ICMPV6.into() {
-            return;
-        }
-    }
-    unsafe { answer::<TYPED>(skb) };
-}
-
 /// Parses a packet that may be an answer, and notes which one it answers.
 #[inline(always)]
-unsafe fn answer<const TYPED: bool>(skb: *const u8) {
+pub unsafe fn answer<const TYPED: bool>(skb: *const u8) {
     let (Some(own), Some(control)) = (CPU.get_ptr_mut(0), CONTROL.get_ptr(0)) else {
         return; // These elements always exist.
     };

@@ -3,9 +3,15 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use jiff::Timestamp;
+
 use crate::cluster::Index;
+use crate::decode::attempt::Attempt;
 use crate::decode::{Drop, Flow};
-use crate::event::{Endpoint, EndpointKind, Event, Protocol};
+use crate::event::{Cause, Endpoint, EndpointKind, Event, Kind, Outcome, Protocol};
+
+/// The flag of a TCP header (RFC 9293, section 3.1).
+const SYN: u8 = 0x02;
 
 /// Names a drop's two ends as they were when it happened.
 ///
@@ -35,8 +41,46 @@ pub fn enrich(drop: Drop, index: &Index, node: &Arc<str>) -> Event {
             .map(tcp_flags),
         source,
         destination,
+        waited_seconds: None,
+        cause: None,
         dns: drop.dns,
         drop: Some(drop.site),
+        explanation: None,
+    }
+}
+
+/// Names an attempt's two ends as they were when it began, which is when the sender chose them;
+/// `found_at` is when it was found to be unanswered.
+pub fn enrich_attempt(
+    attempt: Attempt,
+    found_at: Timestamp,
+    index: &Index,
+    node: &Arc<str>,
+) -> Event {
+    let (source, destination) = name(&attempt.flow, index, attempt.since);
+    Event {
+        time: found_at,
+        node: node.clone(),
+        kind: attempt.kind,
+        outcome: Outcome::Unanswered,
+        packets: attempt.sent,
+        protocol: Some(attempt.flow.protocol),
+        ip_version: Some(match attempt.flow.source.to_canonical() {
+            IpAddr::V4(_) => 4,
+            IpAddr::V6(_) => 6,
+        }),
+        tcp_flags: (attempt.kind == Kind::Syn).then(|| tcp_flags(SYN)),
+        source,
+        destination,
+        // To the millisecond: the thread that finds it looks ten times a second.
+        waited_seconds: Some((attempt.waited.as_secs_f64() * 1000.0).round() / 1000.0),
+        cause: Some(if attempt.drop.is_some() {
+            Cause::DroppedHere
+        } else {
+            Cause::Elsewhere
+        }),
+        dns: attempt.dns,
+        drop: attempt.drop,
         explanation: None,
     }
 }
@@ -83,7 +127,7 @@ pub fn tcp_flags(flags: u8) -> String {
 mod tests {
     use super::*;
     use crate::cluster::fixture;
-    use crate::event::{DropSite, Kind, Outcome};
+    use crate::event::DropSite;
 
     fn drop_of(source: (&str, u16), destination: (&str, u16), original: Option<&str>) -> Drop {
         Drop {

@@ -39,7 +39,13 @@ pub struct Event {
     pub source: Endpoint,
     /// Who should have received it: the real one, after DNAT.
     pub destination: Endpoint,
-    /// The question of a dropped DNS query.
+    /// How long an unanswered attempt had waited; absent for drops.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub waited_seconds: Option<f64>,
+    /// Whose fault an unanswered attempt is; absent for drops.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cause: Option<Cause>,
+    /// The question of a DNS query.
     #[serde(default)]
     pub dns: Option<DnsQuestion>,
     /// Where and why this node dropped it; `null` where it did not.
@@ -92,6 +98,26 @@ impl Outcome {
             Self::Dropped => "dropped",
             Self::Rejected => "rejected",
             Self::Unanswered => "unanswered",
+        }
+    }
+}
+
+/// Where an unanswered attempt was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// This node dropped a packet of it, either way, or its listener's accept queue was full.
+    DroppedHere,
+    /// This node dropped nothing of it.
+    Elsewhere,
+}
+
+impl Cause {
+    /// The name in events and metric labels.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::DroppedHere => "dropped_here",
+            Self::Elsewhere => "elsewhere",
         }
     }
 }

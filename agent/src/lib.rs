@@ -9,6 +9,7 @@
 //! | [`cluster`] | Kubernetes objects | an index: who held this address at that time |
 //! | [`mod@enrich`] | a drop and the index | a named [`event::Event`] |
 //! | [`record`] | events | counters of pairs |
+//! | [`senders`] | counts of attempts | counters of workloads |
 //! | [`output`] | counters and events | `/metrics`, the local API, the stream |
 //! | [`pipeline`] | all of the above | one function that reads as this table |
 //!
@@ -23,6 +24,7 @@ pub mod output;
 pub mod pipeline;
 pub mod record;
 pub mod selection;
+pub mod senders;
 pub mod source;
 pub mod state;
 pub mod sync;

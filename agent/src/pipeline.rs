@@ -11,13 +11,20 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use whydrop_ebpf::attempt::{
+    RESULT_ABANDONED, RESULT_ESTABLISHED, RESULT_REFUSED, TALLY_CONNECT, TALLY_QUERY,
+    TALLY_RESPONSE,
+};
 use whydrop_ebpf::{DropEvent, FlowCount, FlowKey, KIND_ANSWER, OverflowKey};
 
+use crate::decode::attempt::Attempt;
 use crate::decode::classify::Class;
 use crate::decode::late::{Late, Settled};
 use crate::decode::{self, Decoder};
-use crate::enrich::enrich;
-use crate::event::{Event, Kind, Line, Lost, LostStage, Outcome};
+use crate::enrich::{enrich, enrich_attempt};
+use crate::event::{Cause, Endpoint, Event, Kind, Line, Lost, LostStage, Outcome};
+use crate::senders::{ConnectResult, What};
+use crate::source::attempts::{Found, Unanswered};
 use crate::source::drain::{Drained, Totals};
 use crate::state::State;
 use crate::sync::lock;
@@ -100,7 +107,60 @@ impl Pipeline {
         for settled in settled {
             self.record(&settled, now);
         }
+        self.record_tallies(drained, now);
         self.record_totals(&drained.totals, now);
+    }
+
+    /// What nobody answered in time: decode, enrich, record, publish.
+    pub fn unanswered(&mut self, found: &Found, wall: impl Fn(u64) -> Timestamp, now: Instant) {
+        if let Some(error) = &found.error {
+            self.state.errors.attempts.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(%error, "unanswered attempts may be told late");
+        }
+        {
+            let mut status = lock(&self.state.status);
+            status.attempts = found.counts;
+            status.doubtful_connects += found.doubtful;
+        }
+        for unanswered in &found.unanswered {
+            let attempt = match unanswered {
+                Unanswered::Connect(c) => self.decoder.connect(c, found.boot_ns, &wall),
+                Unanswered::Query(key, query) => {
+                    self.decoder.query(key, query, found.boot_ns, &wall)
+                }
+            };
+            self.attempt(attempt, wall(found.boot_ns), true, now);
+        }
+    }
+
+    /// One attempt that nobody answered; `is_connect` if it is one of a socket of this kernel, whose
+    /// connects are counted by their result.
+    fn attempt(&mut self, attempt: Attempt, at: Timestamp, is_own: bool, now: Instant) {
+        let event = enrich_attempt(attempt, at, &self.state.index(), &self.state.node);
+        let cause = event.cause.unwrap_or(Cause::Elsewhere);
+        lock(&self.state.record).add_unanswered(&event, cause, now);
+        if is_own && event.kind == Kind::Syn {
+            let what = What::Connect(ConnectResult::Unanswered);
+            lock(&self.state.senders).add(&event.source, what, 1, 0, now);
+        }
+        self.state.stream.publish(Arc::new(Line::Event(event)));
+    }
+
+    /// What became of attempts in a generation, by who made them.
+    fn record_tallies(&self, drained: &Drained, now: Instant) {
+        let index = self.state.index();
+        let mut senders = lock(&self.state.senders);
+        for (key, tally) in &drained.tallies {
+            let Some(what) = tallied(key.what, key.detail, key.bucket) else {
+                continue;
+            };
+            let mut sender = Endpoint {
+                ip: Some(decode::address(&key.source, key.ip_version)),
+                ..Endpoint::default()
+            };
+            index.name(&mut sender, None, drained.until);
+            senders.add(&sender, what, tally.count, tally.sum_ns, now);
+        }
     }
 
     /// What is due at this moment, whether or not something was dropped.
@@ -129,6 +189,8 @@ impl Pipeline {
             }
             let index = self.state.index();
             lock(&self.state.record).expire(now, |namespace, pod| index.pod_exists(namespace, pod));
+            lock(&self.state.senders)
+                .expire(now, |namespace, pod| index.pod_exists(namespace, pod));
         }
     }
 
@@ -204,6 +266,7 @@ impl Pipeline {
             let told = count.told.saturating_sub(old.told);
             self.record_overflow(key, untold, told, now);
         }
+        self.record_other_senders(totals, &before, now);
         let missed = missed_drops(totals).saturating_sub(missed_drops(&before));
         let untold = totals.cpu.unplaced.saturating_sub(before.cpu.unplaced);
         let told = totals
@@ -222,6 +285,23 @@ impl Pipeline {
         drop(record);
         let lost = totals.cpu.overflow.saturating_sub(before.cpu.overflow) + missed;
         self.say_lost(lost, LostStage::Ring);
+    }
+
+    /// What became of attempts for whose sender the kernel map had no room.
+    fn record_other_senders(&self, totals: &Totals, before: &Totals, now: Instant) {
+        let mut senders = lock(&self.state.senders);
+        for (what, detail, tally) in &totals.tallies {
+            let is_same = |(w, d, _): &&(u8, u8, _)| (w, d) == (what, detail);
+            let old = before.tallies.iter().find(is_same);
+            let old = old.map(|(_, _, tally)| *tally).unwrap_or_default();
+            let count = tally.count.wrapping_sub(old.count);
+            // Its bucket is not known: it counts in the last, which has no upper bound.
+            if count != 0
+                && let Some(what) = tallied(*what, *detail, u8::MAX)
+            {
+                senders.add_other(what, count, tally.sum_ns.wrapping_sub(old.sum_ns), now);
+            }
+        }
     }
 
     fn record_overflow(&mut self, key: &OverflowKey, untold: u64, told: u64, now: Instant) {
@@ -350,4 +430,16 @@ pub fn missed_drops(totals: &Totals) -> u64 {
         .iter()
         .filter(|p| p.name.starts_with("kfree_skb"));
     totals.cpu.missed + drop_programs.map(|p| p.missed).sum::<u64>()
+}
+
+/// What a tally of the programs counts; `None` for what this agent does not know.
+fn tallied(what: u8, detail: u8, bucket: u8) -> Option<What> {
+    Some(match (what, detail) {
+        (TALLY_CONNECT, RESULT_ESTABLISHED) => What::Connect(ConnectResult::Established),
+        (TALLY_CONNECT, RESULT_REFUSED) => What::Connect(ConnectResult::Refused),
+        (TALLY_CONNECT, RESULT_ABANDONED) => What::Connect(ConnectResult::Abandoned),
+        (TALLY_QUERY, _) => What::Query,
+        (TALLY_RESPONSE, rcode) => What::Response { rcode, bucket },
+        _ => return None,
+    })
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::event::{EndpointKind, Event, Kind, Outcome, Protocol};
+use crate::event::{Cause, EndpointKind, Event, Kind, Outcome, Protocol};
 
 /// How finely series name the two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +66,8 @@ pub struct Series {
     pub pair: Arc<Pair>,
     /// What kind of packet.
     pub kind: Kind,
-    /// The kernel's reason; on kernels without reasons the function.
+    /// The kernel's reason, on kernels without reasons the function; of an unanswered attempt its
+    /// cause.
     pub reason: Arc<str>,
 }
 
@@ -148,6 +149,17 @@ impl Record {
         self.add_to(outcome, Pair::Other, kind, reason, packets, now);
     }
 
+    /// Counts an attempt that nobody answered.
+    pub fn add_unanswered(&mut self, event: &Event, cause: Cause, now: Instant) {
+        let series = Series {
+            outcome: Outcome::Unanswered,
+            pair: Arc::new(pair(event, self.detail)),
+            kind: event.kind,
+            reason: cause.as_str().into(),
+        };
+        self.add_series(series, 1, now);
+    }
+
     /// Counts packets that were no loss.
     pub fn add_benign(&mut self, reason: Arc<str>, packets: u64) {
         *self.node_drops.entry((reason, Fate::Benign)).or_default() += packets;
@@ -167,18 +179,22 @@ impl Record {
             Outcome::Dropped | Outcome::Unanswered => Fate::Dropped,
         };
         *self.node_drops.entry((reason.clone(), fate)).or_default() += packets;
-        let mut series = Series {
+        let series = Series {
             outcome,
             pair: Arc::new(pair),
             kind,
             reason,
         };
+        self.add_series(series, packets, now);
+    }
+
+    fn add_series(&mut self, mut series: Series, packets: u64, now: Instant) {
         if let Some(value) = self.series.get_mut(&series) {
             value.packets += packets;
             value.last = now;
             return;
         }
-        let count = self.series_by_outcome.entry(outcome).or_default();
+        let count = self.series_by_outcome.entry(series.outcome).or_default();
         if *series.pair != Pair::Other {
             if *count < self.max_series {
                 *count += 1;
@@ -329,6 +345,8 @@ mod tests {
             tcp_flags: None,
             source: end(pod),
             destination: end("db"),
+            waited_seconds: None,
+            cause: None,
             dns: None,
             drop: None,
             explanation: None,

@@ -4,10 +4,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
+use whydrop_ebpf::attempt::AttemptCpu;
+
 use crate::cluster::Index;
 use crate::event::Outcome;
 use crate::output::stream::Stream;
 use crate::record::{Pair, Record};
+use crate::senders::Senders;
 use crate::source::drain::Drainer;
 use crate::source::load::SourceStatus;
 use crate::sync::lock;
@@ -29,6 +32,8 @@ pub struct State {
     pub stream: Stream,
     /// The counters.
     pub record: Mutex<Record>,
+    /// What became of attempts, by who made them.
+    pub senders: Mutex<Senders>,
     /// What works, and what was lost.
     pub status: Mutex<Status>,
     /// What went wrong, by stage.
@@ -60,6 +65,18 @@ pub struct Status {
     pub limited_flow: u64,
     /// Events not sent because of the CPU's limit.
     pub limited_cpu: u64,
+    /// What the programs counted of attempts.
+    pub attempts: AttemptCpu,
+    /// Connects that were not told of because it was not sure that they still waited.
+    pub doubtful_connects: u64,
+}
+
+impl Status {
+    /// Connects that are not counted by their result: there was no room for them, or it was not sure
+    /// that they still waited.
+    pub fn lost_connects(&self) -> u64 {
+        self.attempts.connects_lost + self.attempts.ended_lost + self.doubtful_connects
+    }
 }
 
 /// An attached program.
@@ -93,22 +110,25 @@ pub struct Errors {
     pub decode: AtomicU64,
     /// Generations whose counts could not be fetched whole.
     pub drain: AtomicU64,
+    /// Looks at what waits that failed.
+    pub attempts: AtomicU64,
 }
 
 impl Errors {
     /// All of them, by stage.
-    pub fn counts(&self) -> [(&'static str, u64); 3] {
+    pub fn counts(&self) -> [(&'static str, u64); 4] {
         [
             ("objects", self.objects.load(Ordering::Relaxed)),
             ("decode", self.decode.load(Ordering::Relaxed)),
             ("drain", self.drain.load(Ordering::Relaxed)),
+            ("attempts", self.attempts.load(Ordering::Relaxed)),
         ]
     }
 }
 
 impl State {
     /// The state of an agent that has seen nothing yet.
-    pub fn new(node: Arc<str>, record: Record) -> Self {
+    pub fn new(node: Arc<str>, record: Record, senders: Senders) -> Self {
         let kernel = nix::sys::utsname::uname()
             .map(|name| Arc::from(name.release().to_string_lossy()))
             .unwrap_or_default();
@@ -118,6 +138,7 @@ impl State {
             kernel,
             index: RwLock::default(),
             record: Mutex::new(record),
+            senders: Mutex::new(senders),
             status: Mutex::default(),
             errors: Errors::default(),
             drainer: OnceLock::new(),
@@ -197,6 +218,7 @@ impl State {
             "series": {
                 "silent": series(Outcome::Dropped),
                 "rejected": series(Outcome::Rejected),
+                "unanswered": series(Outcome::Unanswered),
                 "overflow_packets": counters.overflow_packets,
             },
             "node_drops": node_drops,
@@ -209,6 +231,8 @@ impl State {
                 "recursion": status.missed,
                 "ring": status.ring_full,
                 "answer": status.answers_lost,
+                "connects": status.lost_connects(),
+                "dns": status.attempts.queries_lost,
                 "queue": self.stream.lost(crate::event::LostStage::Queue),
                 "reader": self.stream.lost(crate::event::LostStage::Reader),
             },

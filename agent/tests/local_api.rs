@@ -17,6 +17,7 @@ use whydrop::output::http::{self, OPENMETRICS};
 use whydrop::output::socket::LocalSocket;
 use whydrop::output::stream::MAX_READERS;
 use whydrop::record::{Detail, Record};
+use whydrop::senders::Senders;
 use whydrop::state::State;
 
 /// Nothing here takes this long, on any machine.
@@ -38,7 +39,8 @@ impl Agent {
 
     fn start_in(dir: tempfile::TempDir) -> Self {
         let record = Record::new(Detail::Pod, 100, DEADLINE);
-        let state = Arc::new(State::new("node-a".into(), record));
+        let senders = Senders::new(Detail::Pod, 100, Duration::from_secs(60));
+        let state = Arc::new(State::new("node-a".into(), record, senders));
         let (stop, stopped) = watch::channel(false);
         let (ready, started) = std::sync::mpsc::channel();
         let path = dir.path().join("agent.sock");

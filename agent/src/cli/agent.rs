@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! drain thread ──counts (bounded)──┐
+//! attempts thread ──unanswered──────┤
 //! ring buffer ──────events─────────┴─► pipeline task ─► State ◄── HTTP servers (one task each)
 //! objects thread ──changes (bounded)──────────────────► index
 //! ```
 
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -16,7 +17,7 @@ use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-use crate::cli::config::{AgentArgs, Labels};
+use crate::cli::config::{AgentArgs, Labels, OnOff};
 use crate::cluster::files::{self, Files};
 use crate::decode::classify::is_always_benign;
 use crate::decode::{Decoder, Names};
@@ -24,6 +25,9 @@ use crate::output::http;
 use crate::output::socket::LocalSocket;
 use crate::pipeline::{Pipeline, missed_drops};
 use crate::record::{Detail, Record};
+use crate::senders::Senders;
+use crate::source::attempts::{self, Found};
+use crate::source::budget::Budget;
 use crate::source::drain::{Drained, Drainer, Setup, Totals};
 use crate::source::events::{Events, WallClock, pollable};
 use crate::source::load::{self, Loaded};
@@ -35,6 +39,9 @@ use crate::sync::lock;
 /// Generations that wait for the pipeline. The drain thread blocks at the third, and the kernel map
 /// keeps counting meanwhile: nothing is lost by a slow pipeline.
 const DRAINED_QUEUE: usize = 2;
+/// Messages of up to 1,024 unanswered attempts that wait for the pipeline: half a second of a flood.
+/// Past it the thread that looks for them waits, and the kernel maps keep them meanwhile.
+const FOUND_QUEUE: usize = 4;
 /// What is due without a drop: held counts, lines of a second, series that expire.
 const TICK: Duration = Duration::from_millis(250);
 /// Events read before counts get their turn, so that a flood of one does not starve the other.
@@ -70,7 +77,8 @@ async fn serve(args: AgentArgs) -> Result<()> {
     };
     let max_series = usize::try_from(args.max_series).unwrap_or(usize::MAX);
     let record = Record::new(detail, max_series, args.series_ttl);
-    let state = Arc::new(State::new(args.node_name()?.into(), record));
+    let senders = Senders::new(detail, max_series, args.series_ttl);
+    let state = Arc::new(State::new(args.node_name()?.into(), record, senders));
     let (stop, stopped) = watch::channel(false);
 
     // What another agent may hold comes first, so that a second one is refused whole.
@@ -82,12 +90,19 @@ async fn serve(args: AgentArgs) -> Result<()> {
     });
 
     let log = tracing::enabled!(target: "whydrop_programs", tracing::Level::DEBUG);
-    let map_memory_bytes = args.map_memory.0;
-    let loaded =
-        tokio::task::spawn_blocking(move || load::load(map_memory_bytes, args.attach, log))
-            .await
-            .context("loading the programs failed")??;
-    let (observer, ebpf) = Observer::start(&state, loaded, log)?;
+    let options = load::Options {
+        map_memory_bytes: args.map_memory.0,
+        attach: args.attach,
+        log,
+        syn_timeout: args.syn_timeout,
+        dns_timeout: args.dns_timeout,
+        dns: args.dns == OnOff::On,
+    };
+    let loaded = tokio::task::spawn_blocking(move || load::load(options))
+        .await
+        .context("loading the programs failed")??;
+    let (observer, ebpf) = Observer::start(&state, loaded, &options)?;
+    let stop_looking = observer.stop_looking.clone();
     sys::release_free_memory();
     let servers = [
         tokio::spawn(http::serve_metrics(
@@ -130,6 +145,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
         result.context("the pipeline died")??;
         anyhow::bail!("the drain thread ended by itself");
     }
+    stop_looking.store(true, Ordering::Relaxed);
     if let Some(drainer) = state.drainer.get() {
         drainer.stop();
     }
@@ -162,15 +178,22 @@ struct Observer {
     pipeline: Pipeline,
     events: Events,
     drained: mpsc::Receiver<Drained>,
-    flows_capacity: u64,
+    found: mpsc::Receiver<Found>,
+    stop_looking: Arc<AtomicBool>,
+    budget: Budget,
 }
 
 impl Observer {
     /// Starts observing. The eBPF object must be kept: dropping it detaches the programs.
-    fn start(state: &Arc<State>, loaded: Loaded, log: bool) -> Result<(Self, aya::Ebpf)> {
+    fn start(
+        state: &Arc<State>,
+        loaded: Loaded,
+        options: &load::Options,
+    ) -> Result<(Self, aya::Ebpf)> {
         let Loaded {
             mut ebpf,
             maps,
+            attempts,
             events,
             mut sources,
             reasons,
@@ -178,7 +201,7 @@ impl Observer {
             budget,
             programs,
         } = loaded;
-        if log {
+        if options.log {
             forward_messages(&mut ebpf)?;
         }
         let mut locator = Locator::new();
@@ -202,6 +225,22 @@ impl Observer {
             sources,
             ..Default::default()
         };
+
+        let (sender, found) = mpsc::channel(FOUND_QUEUE);
+        let stop_looking = Arc::new(AtomicBool::new(false));
+        let state_program = programs
+            .iter()
+            .find(|(name, _)| name.starts_with("inet_sock_set_state"))
+            .and_then(|(_, fd)| fd.try_clone().ok());
+        let looking = attempts::Setup {
+            maps: attempts,
+            state_program,
+            syn_timeout: options.syn_timeout,
+            dns_timeout: options.dns_timeout,
+            queries: budget.queries,
+        };
+        attempts::start(looking, stop_looking.clone(), sender)
+            .context("cannot start looking for unanswered attempts")?;
 
         let (sender, drained) = mpsc::channel(DRAINED_QUEUE);
         let setup = Setup {
@@ -227,7 +266,9 @@ impl Observer {
                 pipeline: Pipeline::new(state.clone(), decoder, knows_neighbours),
                 events: Events::new(events)?,
                 drained,
-                flows_capacity: budget.flows.into(),
+                found,
+                stop_looking,
+                budget,
             },
             ebpf,
         ))
@@ -253,6 +294,11 @@ impl Observer {
                         // Who asked may have given up.
                         let _ = asked.send(());
                     }
+                }
+                Some(found) = self.found.recv() => {
+                    let clock = WallClock::now();
+                    let wall = |boot_ns| clock.at(boot_ns);
+                    self.pipeline.unanswered(&found, wall, Instant::now());
                 }
                 _ = tick.tick() => self.pipeline.tick(Instant::now()),
             }
@@ -301,14 +347,28 @@ impl Observer {
             MapStatus {
                 map: "flows",
                 entries: drained.flows.len() as u64,
-                capacity: self.flows_capacity,
+                capacity: self.budget.flows.into(),
             },
             MapStatus {
                 map: "overflow",
                 entries: overflow.len() as u64,
                 capacity: crate::source::budget::OVERFLOW_ENTRIES.into(),
             },
+            MapStatus {
+                map: "connects",
+                entries: cpu
+                    .attempts
+                    .connects
+                    .saturating_sub(cpu.attempts.connects_ended),
+                capacity: self.budget.connects.into(),
+            },
+            MapStatus {
+                map: "tallies",
+                entries: drained.tallies.len() as u64,
+                capacity: self.budget.tallies.into(),
+            },
         ];
+        status.attempts = cpu.attempts;
     }
 }
 

@@ -2,17 +2,26 @@
 
 use std::io::Write as _;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::cli::config::{CheckArgs, ReportOutput};
 use crate::cli::sentence;
-use crate::source::load::{self, Attach, DROPS, SourceStatus};
+use crate::source::hooks::{self, Attach, DROPS, SourceStatus};
+use crate::source::load;
 use crate::source::symbols::Locator;
 
-/// Enough for every program to load; nothing is counted for longer than the check takes.
-const MAP_MEMORY_BYTES: u64 = 4 << 20;
+/// Maps large enough for every program to load; nothing is counted for longer than the check takes.
+const OPTIONS: load::Options = load::Options {
+    map_memory_bytes: 4 << 20,
+    attach: Attach::Auto,
+    log: false,
+    syn_timeout: Duration::from_secs(3),
+    dns_timeout: Duration::from_secs(2),
+    dns: true,
+};
 
 /// Loads and attaches every program, takes them off again, and prints what could be done. The exit
 /// code is 0 if drops can be observed, else 1.
@@ -20,7 +29,7 @@ const MAP_MEMORY_BYTES: u64 = 4 << 20;
 /// # Errors
 /// If the report cannot be written.
 pub fn run(args: CheckArgs) -> Result<ExitCode> {
-    let (sources, problem) = match load::load(MAP_MEMORY_BYTES, Attach::Auto, false) {
+    let (sources, problem) = match load::load(OPTIONS) {
         Ok(loaded) => (loaded.sources.clone(), None),
         Err(error) => (Vec::new(), Some(sentence(&error))),
     };
@@ -55,6 +64,9 @@ fn meaning(source: &str) -> &'static str {
         DROPS => "see every packet that the kernel drops",
         "told" => "see which dropped packets were answered by a TCP reset or ICMP",
         "neighbour" => "know at once that an answer will come late",
+        hooks::CONNECTS => "see TCP connects that hang",
+        hooks::CONNECT_ERRORS => "see connects that ICMP refused",
+        hooks::DNS => "see DNS queries that nobody answers",
         load::SERVICES => "name the Service of a packet that DNAT changed",
         load::REASONS_SOURCE => "say the kernel's own reason for a drop",
         "locations" => "say in which kernel function a packet was dropped",
@@ -131,6 +143,9 @@ mod tests {
             load::SERVICES,
             load::REASONS_SOURCE,
             "locations",
+            hooks::CONNECTS,
+            hooks::CONNECT_ERRORS,
+            hooks::DNS,
         ] {
             assert!(!meaning(name).is_empty(), "{name}");
         }

@@ -137,6 +137,26 @@ pub struct AgentArgs {
     )]
     pub map_memory: Size,
 
+    /// When a connection attempt without an answer counts as unanswered
+    #[arg(long, value_name = "DURATION", default_value = "3s", value_parser = timeout,
+          env = "WHYDROP_SYN_TIMEOUT", help_heading = "Unanswered")]
+    pub syn_timeout: Duration,
+
+    /// When a DNS query without an answer counts as unanswered
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = timeout,
+          env = "WHYDROP_DNS_TIMEOUT", help_heading = "Unanswered")]
+    pub dns_timeout: Duration,
+
+    /// Whether DNS queries and answers are watched
+    #[arg(
+        long,
+        value_name = "on|off",
+        default_value = "on",
+        env = "WHYDROP_DNS",
+        help_heading = "Unanswered"
+    )]
+    pub dns: OnOff,
+
     /// How programs are attached: `raw_tp` avoids the trampolines of `tp_btf`, at a higher cost
     #[arg(
         long,
@@ -164,6 +184,27 @@ impl AgentArgs {
             )
             .find(|name| !name.is_empty());
         name.ok_or_else(|| anyhow::anyhow!("this host has no name; give the agent --node-name"))
+    }
+}
+
+/// Whether something is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    /// It is.
+    On,
+    /// It is not.
+    Off,
+}
+
+/// A duration that attempts can wait for: with less than 10 ms, answers from across a network come
+/// too late; with more than an hour, the kernel has given up before (tcp_syn_retries).
+fn timeout(s: &str) -> Result<Duration, String> {
+    let limits = Duration::from_millis(10)..=Duration::from_secs(3600);
+    let timeout = duration(s)?;
+    if limits.contains(&timeout) {
+        Ok(timeout)
+    } else {
+        Err("expected 10ms to 1h".to_owned())
     }
 }
 

@@ -152,12 +152,23 @@ impl Decoder {
             flow: flow(key),
             tcp_flags: None,
             dns: None,
-            site: DropSite {
-                reason: self.names.reason(key.reason),
-                location: self.location(key.location),
-                interface: self.interfaces.get(&(key.netns, key.ifindex)).cloned(),
-                netns: (key.netns != 0).then_some(key.netns),
-            },
+            site: self.site(key.reason, key.location, key.netns, key.ifindex),
+        }
+    }
+
+    /// Where and why, by the kernel's names.
+    pub(crate) fn site(
+        &mut self,
+        reason: u32,
+        location: u32,
+        netns: u32,
+        ifindex: u32,
+    ) -> DropSite {
+        DropSite {
+            reason: self.names.reason(reason),
+            location: self.location(location),
+            interface: self.interfaces.get(&(netns, ifindex)).cloned(),
+            netns: (netns != 0).then_some(netns),
         }
     }
 
@@ -222,7 +233,7 @@ pub(crate) fn kind(kind: u8) -> Kind {
     }
 }
 
-fn address(bytes: &[u8; 16], version: u8) -> IpAddr {
+pub(crate) fn address(bytes: &[u8; 16], version: u8) -> IpAddr {
     match version {
         4 => Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into(),
         _ => Ipv6Addr::from(*bytes).into(),

@@ -3,14 +3,17 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
+use whydrop_ebpf::attempt::LATENCY_BUCKETS_NS;
 
 use crate::event::{LostStage, Outcome};
 use crate::record::{End, Pair, Series, Snapshot};
+use crate::senders::{ConnectResult, Counts, Sender, rcode_name};
 use crate::state::{State, Status};
 use crate::sync::lock;
 
@@ -82,6 +85,8 @@ impl Collector for Metrics {
         let state = &*self.0;
         let snapshot = lock(&state.record).snapshot();
         drops(&mut encoder, &snapshot)?;
+        let senders = lock(&state.senders).snapshot();
+        attempts(&mut encoder, &senders)?;
         losses(&mut encoder, state)?;
         sources(&mut encoder, &lock(&state.status))?;
         gauges(
@@ -130,9 +135,21 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Snapshot) -> fmt::Result 
         counters(
             encoder,
             named,
-            rows.map(|(series, packets)| (pair_labels(series), *packets)),
+            rows.map(|(series, packets)| (pair_labels(series, "reason"), *packets)),
         )?;
     }
+    let rows = record
+        .series
+        .iter()
+        .filter(|(series, _)| series.outcome == Outcome::Unanswered);
+    counters(
+        encoder,
+        (
+            "whydrop_unanswered",
+            "Connection attempts and DNS queries that got no answer in time",
+        ),
+        rows.map(|(series, attempts)| (pair_labels(series, "cause"), *attempts)),
+    )?;
     counters(
         encoder,
         (
@@ -178,6 +195,85 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Snapshot) -> fmt::Result 
     )
 }
 
+/// What became of connects and DNS queries, by who made them.
+fn attempts(encoder: &mut DescriptorEncoder<'_>, senders: &[(Sender, Counts)]) -> fmt::Result {
+    let results = [
+        ConnectResult::Established,
+        ConnectResult::Refused,
+        ConnectResult::Unanswered,
+        ConnectResult::Abandoned,
+    ];
+    let connects = senders.iter().flat_map(|(sender, counts)| {
+        results.into_iter().filter_map(move |result| {
+            let count = counts.connects[result as usize];
+            let labels = || with(sender, "result", result.as_str());
+            (count != 0).then(|| (labels(), count))
+        })
+    });
+    counters(
+        encoder,
+        ("whydrop_connects", "TCP connects by what became of them"),
+        connects,
+    )?;
+    let with_dns = || senders.iter().filter(|(_, counts)| counts.queries != 0);
+    counters(
+        encoder,
+        ("whydrop_dns_queries", "DNS queries sent, resent ones once"),
+        with_dns().map(|(sender, counts)| (sender_labels(sender), counts.queries)),
+    )?;
+    let responses = senders.iter().flat_map(|(sender, counts)| {
+        (0u8..)
+            .zip(counts.responses)
+            .filter(|(_, count)| *count != 0)
+            .map(move |(rcode, count)| (with(sender, "rcode", rcode_name(rcode)), count))
+    });
+    counters(
+        encoder,
+        (
+            "whydrop_dns_responses",
+            "DNS queries answered, by response code",
+        ),
+        responses,
+    )?;
+    let mut latency = encoder.encode_descriptor(
+        "whydrop_dns_latency_seconds",
+        "Time from a DNS query to its answer",
+        None,
+        MetricType::Histogram,
+    )?;
+    for (sender, counts) in with_dns() {
+        let bounds = LATENCY_BUCKETS_NS.map(|ns| Duration::from_nanos(ns).as_secs_f64());
+        let bounds = bounds.into_iter().chain([f64::INFINITY]);
+        let buckets: Vec<_> = bounds.zip(counts.latency.buckets).collect();
+        let sum = Duration::from_nanos(counts.latency.sum_ns).as_secs_f64();
+        let count = counts.latency.buckets.iter().sum();
+        each(&mut latency, &sender_labels(sender), |m| {
+            m.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)
+        })?;
+    }
+    Ok(())
+}
+
+fn sender_labels(sender: &Sender) -> Labels<'_> {
+    let (namespace, workload) = match sender {
+        Sender::Other => ("__other__".into(), "__other__".into()),
+        Sender::Named {
+            namespace,
+            workload,
+        } => (text(namespace), text(workload)),
+    };
+    vec![
+        ("source_namespace", namespace),
+        ("source_workload", workload),
+    ]
+}
+
+fn with<'s>(sender: &'s Sender, label: &'static str, value: impl Into<Cow<'s, str>>) -> Labels<'s> {
+    let mut labels = sender_labels(sender);
+    labels.push((label, value.into()));
+    labels
+}
+
 /// What is missing from detail, and what went wrong.
 fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
     let status = lock(&state.status);
@@ -186,6 +282,8 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
         ("recursion", status.missed),
         ("ring", status.ring_full),
         ("answer", status.answers_lost),
+        ("connects", status.lost_connects()),
+        ("dns", status.attempts.queries_lost),
         ("queue", state.stream.lost(LostStage::Queue)),
         ("reader", state.stream.lost(LostStage::Reader)),
     ];
@@ -195,7 +293,8 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
             "whydrop_events_lost",
             "What was not kept in detail: map (packets counted without their pair), recursion \
              (packets counted without their reason), ring and queue (events whose packets are \
-             counted), answer (answers that could not be laid to a late drop), reader (packets \
+             counted), answer (answers that could not be laid to a late drop), connects and dns (attempts that \
+             were not followed because too many waited), reader (packets \
              in lines that a slow reader of the stream did not get)",
         ),
         lost.into_iter().map(|(stage, n)| (one("stage", stage), n)),
@@ -274,7 +373,7 @@ fn sources(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result 
 }
 
 /// The labels of CONTRACT in its order; empty where not known, `__other__` past the limits.
-fn pair_labels(series: &Series) -> Labels<'_> {
+fn pair_labels<'s>(series: &'s Series, last: &'static str) -> Labels<'s> {
     let mut labels: Labels<'_> = Vec::with_capacity(15);
     match &*series.pair {
         Pair::Other => labels.extend(PAIR_LABELS.map(|name| (name, Cow::from("__other__")))),
@@ -305,7 +404,7 @@ fn pair_labels(series: &Series) -> Labels<'_> {
         }
     }
     labels.push(("kind", series.kind.as_str().into()));
-    labels.push(("reason", (&*series.reason).into()));
+    labels.push((last, (&*series.reason).into()));
     labels
 }
 

@@ -33,6 +33,29 @@ pub enum BtfError {
     Field(&'static str),
 }
 
+/// The fields without which TCP connects are not followed.
+pub fn knows_connects(offsets: &Offsets) -> bool {
+    ![
+        offsets.sock_state,
+        offsets.sock_family,
+        offsets.sock_num,
+        offsets.inet_sport,
+        offsets.sock_dport,
+        offsets.sock_rcv_saddr,
+        offsets.sock_daddr,
+        offsets.sock_v6_rcv_saddr,
+        offsets.sock_v6_daddr,
+        offsets.sock_err,
+        offsets.sock_err_soft,
+    ]
+    .contains(&MISSING)
+}
+
+/// The fields without which DNS is not followed.
+pub fn knows_dns(offsets: &Offsets) -> bool {
+    ![offsets.sock_dport, offsets.skb_transport_header].contains(&MISSING)
+}
+
 /// What was found.
 #[derive(Debug)]
 pub struct KernelTypes {
@@ -95,9 +118,25 @@ fn from_btf(btf: &Btf) -> Result<KernelTypes, BtfError> {
         sock_protocol: needed("sock.sk_protocol")?,
         dev_name: optional("net_device.name"),
         skb_nfct: optional("sk_buff._nfct"),
+        sock_state: optional("sock.__sk_common.skc_state"),
+        sock_family: optional("sock.__sk_common.skc_family"),
+        sock_num: optional("sock.__sk_common.skc_num"),
+        inet_sport: optional("inet_sock.inet_sport"),
+        sock_dport: optional("sock.__sk_common.skc_dport"),
+        sock_rcv_saddr: optional("sock.__sk_common.skc_rcv_saddr"),
+        sock_daddr: optional("sock.__sk_common.skc_daddr"),
+        sock_v6_rcv_saddr: optional("sock.__sk_common.skc_v6_rcv_saddr"),
+        sock_v6_daddr: optional("sock.__sk_common.skc_v6_daddr"),
+        sock_err: optional("sock.sk_err"),
+        sock_err_soft: optional("sock.sk_err_soft"),
+        sock_cgroup: optional("sock.sk_cgrp_data"),
+        cgroup_kn: optional("cgroup.kn"),
+        kn_id: optional("kernfs_node.id"),
+        skb_transport_header: optional("sk_buff.transport_header"),
         ct_status: optional("nf_conn.status"),
         ct_tuplehash: optional("nf_conn.tuplehash"),
         has_reason: u32::from(has_reason(btf)),
+        reason_no_socket: MISSING,
     };
     if offsets.ct_tuplehash != MISSING && !tuple_is_as_expected(btf) {
         offsets.ct_tuplehash = MISSING;
@@ -108,6 +147,9 @@ fn from_btf(btf: &Btf) -> Result<KernelTypes, BtfError> {
     }
     let mut reasons = HashMap::new();
     add_reasons(btf, &mut reasons);
+    if let Some((number, _)) = reasons.iter().find(|(_, name)| &***name == "NO_SOCKET") {
+        offsets.reason_no_socket = *number;
+    }
     Ok(KernelTypes {
         offsets,
         reasons,

@@ -2,6 +2,9 @@
 //! follow from a budget and the number of CPUs, never from a constant.
 
 use anyhow::{Result, bail};
+use whydrop_ebpf::attempt::{
+    Connect, DETAILS, EndedKey, Query, QueryKey, QueryWork, TALLIES, Tally, TallyKey, Tuple,
+};
 use whydrop_ebpf::{FlowCount, FlowKey, OverflowCount, OverflowKey, PerCpu, REASONS};
 
 /// Places in the kernel that free packets, times their reasons, protocols and kinds.
@@ -22,6 +25,14 @@ pub struct Budget {
     pub overflow: u32,
     /// The ring buffer's size.
     pub ring_bytes: u32,
+    /// TCP sockets that can be in SYN_SENT at once.
+    pub connects: u32,
+    /// Connects that can end unanswered or given up between two looks of the agent's.
+    pub ended: u32,
+    /// DNS queries that can wait at once.
+    pub queries: u32,
+    /// Keys in each of the two maps of what became of attempts.
+    pub tallies: u32,
     /// Possible CPUs.
     pub cpus: usize,
     /// What all maps together take, as computed here.
@@ -38,30 +49,41 @@ impl Budget {
         let ring = (bytes / 16).clamp(PAGE_BYTES, 8 << 20);
         let ring = 1u64 << ring.ilog2();
         let fixed = Self::fixed_bytes(cpus) + ring_bytes(ring);
-        let available = bytes.saturating_sub(fixed) / 2;
-        // Buckets are a power of two, so the cost is no smooth function of the size.
-        let (mut low, mut high) = (0u32, 1 << 24);
-        while low < high {
-            let middle = low + (high - low).div_ceil(2);
-            if hash_bytes::<FlowKey, FlowCount>(middle, cpus) <= available {
-                low = middle;
-            } else {
-                high = middle - 1;
-            }
-        }
-        if low < 64 {
+        // An eighth each for what waits, whose values are not per CPU; a thirty-second for what became
+        // of it. The rest is for flows, of which a flood makes most.
+        let least = fixed + 2 * hash_bytes::<FlowKey, FlowCount>(64, cpus);
+        let free = bytes.saturating_sub(least);
+        let connects = largest(free / 8, connect_bytes);
+        let queries = largest(free / 8, plain_hash_bytes::<QueryKey, Query>);
+        let tallies = largest(free / 64, plain_hash_bytes::<TallyKey, Tally>);
+        let attempts = connect_bytes(connects)
+            + plain_hash_bytes::<QueryKey, Query>(queries)
+            + 2 * plain_hash_bytes::<TallyKey, Tally>(tallies);
+        let available = bytes.saturating_sub(fixed + attempts) / 2;
+        let flows = largest(available, |n| hash_bytes::<FlowKey, FlowCount>(n, cpus));
+        if flows < 64 || connects < 64 || queries < 64 || tallies < 16 {
+            let needed = [
+                connect_bytes(64) * 8,
+                plain_hash_bytes::<QueryKey, Query>(64) * 8,
+                plain_hash_bytes::<TallyKey, Tally>(16) * 64,
+            ];
             bail!(
                 "--map-memory {bytes} bytes is too small for {cpus} possible CPUs: \
                  give at least {} bytes",
-                (fixed + 2 * hash_bytes::<FlowKey, FlowCount>(64, cpus)) * 16 / 15
+                // The ring is a sixteenth of it.
+                (least + needed.into_iter().max().unwrap_or(0)) * 16 / 15
             );
         }
         Ok(Self {
-            flows: low,
+            flows,
             overflow: OVERFLOW_ENTRIES,
             ring_bytes: u32::try_from(ring).unwrap_or(u32::MAX),
+            connects,
+            ended: ended(connects),
+            queries,
+            tallies,
             cpus,
-            total_bytes: fixed + 2 * hash_bytes::<FlowKey, FlowCount>(low, cpus),
+            total_bytes: fixed + attempts + 2 * hash_bytes::<FlowKey, FlowCount>(flows, cpus),
         })
     }
 
@@ -72,6 +94,8 @@ impl Budget {
             + per_cpu(REASONS * 8)
             + (REASONS * 8) as u64
             + per_cpu(size_of::<PerCpu>())
+            + per_cpu(size_of::<QueryWork>())
+            + per_cpu(TALLIES * DETAILS * size_of::<Tally>())
             // Control, read-only data, and the log's ring at its smallest: a few pages each.
             + 16 * PAGE_BYTES
     }
@@ -81,6 +105,40 @@ impl Budget {
     pub fn events_per_cpu(&self) -> u32 {
         u32::try_from(500 / self.cpus.max(1)).unwrap_or(0).max(10)
     }
+}
+
+/// The largest number of entries that costs no more than `available` bytes. Buckets are a power of
+/// two, so the cost is no smooth function of it, but it only grows.
+fn largest(available: u64, cost: impl Fn(u32) -> u64) -> u32 {
+    let (mut low, mut high) = (0u32, 1 << 24);
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if cost(middle) <= available {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    low
+}
+
+/// Connects that can end between two looks of the agent's, of those that wait.
+fn ended(connects: u32) -> u32 {
+    connects / 2
+}
+
+/// The three maps of connects.
+fn connect_bytes(connects: u32) -> u64 {
+    plain_hash_bytes::<u64, Connect>(connects)
+        + plain_hash_bytes::<Tuple, u64>(connects)
+        + plain_hash_bytes::<EndedKey, Connect>(ended(connects))
+}
+
+/// A preallocated hash whose values are not per CPU: `struct htab_elem` ends in key and value.
+fn plain_hash_bytes<K, V>(entries: u32) -> u64 {
+    let element = size_of::<K>().next_multiple_of(8) + size_of::<V>().next_multiple_of(8);
+    u64::from(entries).next_power_of_two() * HASH_BUCKET_BYTES
+        + u64::from(entries) * (HASH_ELEMENT_BYTES + element as u64)
 }
 
 /// A preallocated per-CPU hash. The kernel allocates one spare element a CPU.
@@ -121,9 +179,12 @@ mod tests {
     fn uses_the_budget() {
         let budget = Budget::new(32 << 20, 2).expect("enough");
         assert!(budget.total_bytes > 24 << 20, "{budget:?}");
-        assert!(budget.flows > 50_000, "{budget:?}");
+        assert!(budget.flows > 40_000, "{budget:?}");
+        assert!(budget.connects > 8_000, "{budget:?}");
+        assert!(budget.queries > 8_000, "{budget:?}");
         let budget = Budget::new(32 << 20, 128).expect("enough");
-        assert!(budget.flows > 4_000, "{budget:?}");
+        assert!(budget.flows > 2_000, "{budget:?}");
+        assert!(budget.connects > 8_000, "{budget:?}");
     }
 
     #[test]

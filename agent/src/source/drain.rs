@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use aya::maps::PerCpuValues;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot};
+use whydrop_ebpf::attempt::{AttemptCpu, DETAILS, TALLIES, Tally, TallyKey};
 use whydrop_ebpf::{Control, Cpu, FlowCount, FlowKey, OverflowCount, OverflowKey, PerCpu};
 
 use super::budget::Budget;
@@ -40,6 +41,9 @@ pub struct Totals {
     pub benign: Vec<(u32, u64)>,
     /// Packets without a flow.
     pub overflow: Vec<(OverflowKey, OverflowCount)>,
+    /// What became of attempts for whose sender there was no room: [`TallyKey::what`],
+    /// [`TallyKey::detail`] and the sum; only those above zero.
+    pub tallies: Vec<(u8, u8, Tally)>,
     /// What the kernel says of each program.
     pub programs: Vec<ProgramTotals>,
 }
@@ -66,6 +70,8 @@ pub struct Drained {
     pub until: Timestamp,
     /// Its flows, all CPUs together.
     pub flows: Vec<(FlowKey, FlowCount)>,
+    /// What became of attempts in it.
+    pub tallies: Vec<(TallyKey, Tally)>,
     /// Everything else, as of now.
     pub totals: Totals,
     /// The drain failed part-way; said once by the reader.
@@ -138,7 +144,7 @@ struct State {
     setup: Setup,
     generation: u64,
     window: u32,
-    /// [`Cpu::counted`] and the answers at the last drain: nothing new, nothing to do.
+    /// What [`seen`] was at the last drain: nothing new, nothing to do.
     seen: u64,
     /// [`Cpu::inserted`] at the last drain.
     inserted: u64,
@@ -167,12 +173,12 @@ impl State {
                 self.totals.cpu
             });
             // Benign drops are of interest only to who asks.
-            let is_new = cpu.counted + cpu.answers_counted != self.seen;
+            let is_new = seen(&cpu) != self.seen;
             let is_old = self.fetched.elapsed() >= GENERATION;
             let fills = cpu.inserted - self.inserted.min(cpu.inserted)
                 > u64::from(self.setup.budget.flows / 2);
             if is_new && (is_old || fills) || !asked_by.is_empty() || stop {
-                self.seen = cpu.counted + cpu.answers_counted;
+                self.seen = seen(&cpu);
                 self.inserted = cpu.inserted;
                 let mut batch = self.drain();
                 batch.error = batch.error.or(error);
@@ -198,6 +204,7 @@ impl State {
             generation: old,
             until: Timestamp::now(),
             flows: Vec::new(),
+            tallies: Vec::new(),
             totals: Totals::default(),
             error: None,
             asked_by: Vec::new(),
@@ -213,9 +220,25 @@ impl State {
             let map = &self.setup.maps.flows[(old & 1) as usize];
             let flows = &mut drained.flows;
             let cpus = self.setup.budget.cpus;
-            if let Err(e) = sys::drain_flows(map.as_fd(), cpus, BATCH_KEYS, |key, count| {
-                flows.push((key, count));
-            }) {
+            let take = sys::Batch::Take;
+            let result = sys::batch(map.as_fd(), take, cpus, BATCH_KEYS, |key, counts| {
+                let mut sum = FlowCount::default();
+                for count in counts {
+                    let count: FlowCount = count;
+                    sum.packets += count.packets;
+                    sum.told += count.told;
+                    sum.answers += count.answers;
+                }
+                flows.push((key, sum));
+            });
+            let map = &self.setup.maps.tallies[(old & 1) as usize];
+            let tallies = &mut drained.tallies;
+            // Not per CPU: one value a key.
+            let tallied = sys::batch(map.as_fd(), take, 1, BATCH_KEYS, |key, values| {
+                tallies.push((key, sum(values)));
+            });
+            let result = result.and(tallied);
+            if let Err(e) = result {
                 drained.error = Some(format!("cannot read the counts of generation {old}: {e}"));
             }
         }
@@ -279,6 +302,7 @@ impl State {
             sum.answers_counted += cpu.answers_counted;
             sum.answers_lost += cpu.answers_lost;
             sum.missed += cpu.missed;
+            add_attempts(&mut sum.attempts, &cpu.attempts);
         }
         Ok(sum)
     }
@@ -306,6 +330,17 @@ impl State {
                 sum.told += count.told;
             }
         }
+        let mut tallies = Vec::new();
+        for index in 0..(TALLIES * DETAILS) as u32 {
+            let values = maps.tallies_other.get(&index, 0);
+            let values = values
+                .map_err(|e| format!("cannot read the counts of attempts without sender: {e}"))?;
+            let sum = sum(values.iter().map(|Plain(tally)| *tally));
+            if sum != Tally::default() {
+                let (what, detail) = (index / DETAILS as u32, index % DETAILS as u32);
+                tallies.push((what as u8, detail as u8, sum));
+            }
+        }
         let programs = self
             .setup
             .programs
@@ -324,7 +359,32 @@ impl State {
             cpu: self.cpu()?,
             benign,
             overflow: overflow.into_iter().collect(),
+            tallies,
             programs,
         })
     }
+}
+
+/// Changes whenever there is something new to fetch.
+fn seen(cpu: &Cpu) -> u64 {
+    cpu.counted + cpu.answers_counted + cpu.attempts.tallied
+}
+
+fn sum(tallies: impl Iterator<Item = Tally>) -> Tally {
+    tallies.fold(Tally::default(), |a, b| Tally {
+        count: a.count.wrapping_add(b.count),
+        sum_ns: a.sum_ns.wrapping_add(b.sum_ns),
+    })
+}
+
+/// Adds one CPU's counts about attempts to a sum.
+pub fn add_attempts(sum: &mut AttemptCpu, cpu: &AttemptCpu) {
+    sum.connects += cpu.connects;
+    sum.connects_ended += cpu.connects_ended;
+    sum.connects_lost += cpu.connects_lost;
+    sum.ended += cpu.ended;
+    sum.ended_lost += cpu.ended_lost;
+    sum.queries += cpu.queries;
+    sum.queries_lost += cpu.queries_lost;
+    sum.tallied += cpu.tallied;
 }

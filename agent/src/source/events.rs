@@ -83,12 +83,9 @@ pub struct WallClock {
 impl WallClock {
     /// Reads both clocks.
     pub fn now() -> Self {
-        let boot = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME)
-            .map(std::time::Duration::from)
-            .unwrap_or_default();
         Self {
             now: Timestamp::now(),
-            boot_ns: u64::try_from(boot.as_nanos()).unwrap_or(u64::MAX),
+            boot_ns: sys::boot_ns(),
         }
     }
 

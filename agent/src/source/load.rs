@@ -4,78 +4,28 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
-use aya::programs::{BtfTracePoint, Program, RawTracePoint};
 use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
+use whydrop_ebpf::attempt::{Settings, Swept, Tally};
 use whydrop_ebpf::{Control, OverflowCount, OverflowKey, PerCpu, REASONS};
 
 use super::btf::{self, KernelTypes};
 use super::budget::Budget;
+use super::hooks::{self, DROPS};
+pub use super::hooks::{Attach, SourceStatus};
 use super::sys::Plain;
 use crate::decode::classify;
 
 /// The programs, as `build.rs` left them.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/whydrop-programs"));
 
-/// A hook, the program for it, and what is lost without it.
-struct Hook {
-    /// Its name in `/v1/status` and `whydrop_source_up`.
-    source: &'static str,
-    tracepoint: &'static str,
-    /// The `tp_btf` program, and the `raw_tp` one.
-    programs: [&'static str; 2],
-    lost_without: &'static str,
-}
-
-/// In the order of attaching: what tells of answers before what counts drops, so that no drop is
-/// counted as silent because its answer was not watched yet.
-const HOOKS: [Hook; 3] = [
-    Hook {
-        source: "told",
-        tracepoint: "net_dev_queue",
-        programs: ["net_dev_queue", "net_dev_queue_raw"],
-        lost_without: "packets refused by a RST or an ICMP error are counted as silent drops",
-    },
-    Hook {
-        source: "neighbour",
-        tracepoint: "neigh_event_send_done",
-        programs: ["neigh_wait", "neigh_wait_raw"],
-        lost_without: "counts of silent drops are published 3 s late, to wait for answers that leave late",
-    },
-    Hook {
-        source: DROPS,
-        tracepoint: "kfree_skb",
-        programs: ["kfree_skb", "kfree_skb_raw"],
-        lost_without: "no drop is observed",
-    },
-];
-
-/// The source without which nothing is observed.
-pub const DROPS: &str = "drops";
 /// The source that names the Service of a packet that DNAT changed.
 pub const SERVICES: &str = "conntrack_destination";
 /// The kernel's own names of why it dropped.
 pub const REASONS_SOURCE: &str = "reasons";
-
-/// Whether a source works, and what is lost if not.
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct SourceStatus {
-    /// As in `whydrop_source_up{source}`.
-    pub source: &'static str,
-    /// Whether it works.
-    pub up: bool,
-    /// The hook that it uses.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub hook: Option<String>,
-    /// Why it does not work.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub why: Option<String>,
-    /// What is lost without it; absent while it works.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lost: Option<&'static str>,
-}
 
 /// The maps, taken out of the loaded object.
 pub struct Maps {
@@ -89,6 +39,28 @@ pub struct Maps {
     pub benign: PerCpuArray<MapData, u64>,
     /// Each CPU's own counts.
     pub cpu: PerCpuArray<MapData, Plain<PerCpu>>,
+    /// What became of attempts, in two generations as `flows`.
+    pub tallies: [std::os::fd::OwnedFd; 2],
+    /// The same for whose sender there was no room.
+    pub tallies_other: PerCpuArray<MapData, Plain<Tally>>,
+}
+
+/// The maps of what waits.
+pub struct AttemptMaps {
+    /// See `agent-ebpf/src/maps.rs`, which says what each is for.
+    pub connects: std::os::fd::OwnedFd,
+    /// Connects that ended between two looks.
+    pub ended: std::os::fd::OwnedFd,
+    /// DNS queries.
+    pub queries: std::os::fd::OwnedFd,
+    /// How many of them the agent took out.
+    pub forgotten: Array<MapData, u64>,
+    /// How far the agent has looked.
+    pub swept: Array<MapData, Plain<Swept>>,
+    /// Each CPU's own counts, once more: another thread reads them.
+    pub counts: PerCpuArray<MapData, Plain<PerCpu>>,
+    /// Answers to DNS queries are seen, so queries may be noted.
+    pub is_dns_watched: bool,
 }
 
 /// What stays open as long as the agent observes; dropping it detaches everything.
@@ -97,6 +69,8 @@ pub struct Loaded {
     pub ebpf: Ebpf,
     /// The counts.
     pub maps: Maps,
+    /// What waits.
+    pub attempts: AttemptMaps,
     /// Detail.
     pub events: RingBuf<MapData>,
     /// What works.
@@ -111,25 +85,31 @@ pub struct Loaded {
     pub programs: Vec<(String, std::os::fd::OwnedFd)>,
 }
 
-/// How programs are attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Attach {
-    /// `tp_btf` where the kernel takes it, else `raw_tp`.
-    Auto,
-    /// `raw_tp` only: slower, and without the trampolines that some kernels build wrongly.
-    #[value(name = "raw_tp")]
-    RawTp,
+/// What the programs are loaded with.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// What all kernel maps together may take.
+    pub map_memory_bytes: u64,
+    /// How programs are attached.
+    pub attach: Attach,
+    /// Whether the programs' own messages are switched on; without it they are not even in the
+    /// loaded code.
+    pub log: bool,
+    /// When a connect counts as unanswered.
+    pub syn_timeout: Duration,
+    /// When a DNS query counts as unanswered.
+    pub dns_timeout: Duration,
+    /// Whether DNS is watched.
+    pub dns: bool,
 }
 
 /// Loads the programs and attaches them.
 ///
-/// `log` switches the programs' own messages on; without it they are not even in the loaded code.
-///
 /// Errors: no BTF, no rights, or no way to see drops; each with what to do.
-pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
+pub fn load(options: Options) -> Result<Loaded> {
     let types = btf::read()?;
     let budget = Budget::new(
-        map_memory_bytes,
+        options.map_memory_bytes,
         aya::util::nr_cpus().map_err(|(_, e)| e).context(
             "cannot read the number of possible CPUs from /sys/devices/system/cpu/possible",
         )?,
@@ -138,34 +118,42 @@ pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
     // aya reads BTF once more for attaching: it keeps function signatures, btf-rs struct members.
     let btf = Btf::from_sys_fs().context("cannot read /sys/kernel/btf/vmlinux")?;
 
-    let mut ebpf = open(&types, &budget, &btf, log)?;
+    let settings = Settings {
+        syn_timeout_ns: nanoseconds(options.syn_timeout),
+        dns_timeout_ns: nanoseconds(options.dns_timeout),
+        dns: u32::from(options.dns && btf::knows_dns(&types.offsets)),
+        connects: u32::from(btf::knows_connects(&types.offsets)),
+    };
+    let mut ebpf = open(&types, &budget, &settings, &btf, options.log)?;
 
     let mut sources = Vec::new();
     let mut programs = Vec::new();
-    for hook in &HOOKS {
-        let result = attach(&mut ebpf, hook, how, &btf);
+    for hook in &hooks::HOOKS {
+        let off = match hook.source {
+            hooks::CONNECTS | hooks::CONNECT_ERRORS if settings.connects == 0 => Some(format!(
+                "missing in the kernel's BTF: {}",
+                types.missing.join(", ")
+            )),
+            hooks::DNS if !options.dns => Some("switched off by --dns off".to_owned()),
+            hooks::DNS if settings.dns == 0 => Some(format!(
+                "missing in the kernel's BTF: {}",
+                types.missing.join(", ")
+            )),
+            _ => None,
+        };
+        let result = off.map_or_else(|| hooks::attach(&mut ebpf, hook, options.attach, &btf), Err);
         if hook.source == DROPS {
             result
                 .as_ref()
                 .map_err(|e| anyhow::anyhow!("{e}"))
                 .with_context(refused)?;
         }
-        let (hook_name, why) = match result {
-            Ok((name, program)) => {
-                if let Some(fd) = program_fd(&ebpf, program) {
-                    programs.push((program.to_owned(), fd));
-                }
-                (Some(name), None)
-            }
-            Err(why) => (None, Some(why)),
-        };
-        sources.push(SourceStatus {
-            source: hook.source,
-            up: why.is_none(),
-            lost: why.is_some().then_some(hook.lost_without),
-            hook: hook_name,
-            why,
-        });
+        if let Ok(attached) = &result
+            && let Some(fd) = hooks::program_fd(&ebpf, attached.program)
+        {
+            programs.push((attached.program.to_owned(), fd));
+        }
+        sources.push(hook.status(result.map(|attached| attached.hook)));
     }
     let has_conntrack = types.offsets.ct_tuplehash != whydrop_ebpf::MISSING
         && types.offsets.skb_nfct != whydrop_ebpf::MISSING;
@@ -193,17 +181,37 @@ pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
             .with_context(|| format!("the eBPF object has no map {name}"))
     };
     let flows = [take(&mut ebpf, "FLOWS_0")?, take(&mut ebpf, "FLOWS_1")?];
+    let tallies = [take(&mut ebpf, "TALLIES_0")?, take(&mut ebpf, "TALLIES_1")?];
+    let counts = ebpf.map("CPU").map(map_fd).transpose()?;
+    let counts = counts.context("the eBPF object has no map CPU")?;
     let maps = Maps {
         control: Array::try_from(take(&mut ebpf, "CONTROL")?)?,
         flows: [map_fd(&flows[0])?, map_fd(&flows[1])?],
         overflow: PerCpuHashMap::try_from(take(&mut ebpf, "OVERFLOW")?)?,
         benign: PerCpuArray::try_from(take(&mut ebpf, "BENIGN_COUNT")?)?,
         cpu: PerCpuArray::try_from(take(&mut ebpf, "CPU")?)?,
+        tallies: [map_fd(&tallies[0])?, map_fd(&tallies[1])?],
+        tallies_other: PerCpuArray::try_from(take(&mut ebpf, "TALLIES_OTHER")?)?,
+    };
+    let is_up = |name| {
+        sources
+            .iter()
+            .any(|s: &SourceStatus| s.source == name && s.up)
+    };
+    let attempts = AttemptMaps {
+        connects: map_fd(&take(&mut ebpf, "CONNECTS")?)?,
+        ended: map_fd(&take(&mut ebpf, "ENDED")?)?,
+        queries: map_fd(&take(&mut ebpf, "QUERIES")?)?,
+        forgotten: Array::try_from(take(&mut ebpf, "QUERIES_FORGOTTEN")?)?,
+        swept: Array::try_from(take(&mut ebpf, "SWEPT")?)?,
+        counts: PerCpuArray::try_from(Map::PerCpuArray(MapData::from_fd(counts)?))?,
+        is_dns_watched: is_up(hooks::DNS),
     };
     let events = RingBuf::try_from(take(&mut ebpf, "EVENTS")?)?;
     Ok(Loaded {
         ebpf,
         maps,
+        attempts,
         events,
         sources,
         reasons: types.reasons,
@@ -214,7 +222,14 @@ pub fn load(map_memory_bytes: u64, how: Attach, log: bool) -> Result<Loaded> {
 }
 
 /// The object with globals and map sizes set; its programs are not loaded yet.
-fn open(types: &KernelTypes, budget: &Budget, btf: &Btf, log: bool) -> Result<Ebpf> {
+fn open(
+    types: &KernelTypes,
+    budget: &Budget,
+    settings: &Settings,
+    btf: &Btf,
+    log: bool,
+) -> Result<Ebpf> {
+    let settings = Plain(*settings);
     let offsets = Plain(types.offsets);
     let mut benign = Plain([0u8; REASONS]);
     for (number, name) in &types.reasons {
@@ -228,69 +243,22 @@ fn open(types: &KernelTypes, budget: &Budget, btf: &Btf, log: bool) -> Result<Eb
         .btf(Some(btf))
         .verifier_log_level(VerifierLogLevel::STATS)
         .override_global("OFFSETS", &offsets, true)
+        .override_global("SETTINGS", &settings, true)
         .override_global("BENIGN", &benign, true)
         .override_global("AYA_LOG_LEVEL", &level, true)
         .map_max_entries("FLOWS_0", budget.flows)
         .map_max_entries("FLOWS_1", budget.flows)
         .map_max_entries("OVERFLOW", budget.overflow)
         .map_max_entries("EVENTS", budget.ring_bytes)
+        .map_max_entries("CONNECTS", budget.connects)
+        .map_max_entries("SYNS", budget.connects)
+        .map_max_entries("ENDED", budget.ended)
+        .map_max_entries("QUERIES", budget.queries)
+        .map_max_entries("TALLIES_0", budget.tallies)
+        .map_max_entries("TALLIES_1", budget.tallies)
         .map_max_entries("AYA_LOGS", if log { 32 * 1024 } else { 4096 })
         .load(OBJECT)
         .with_context(refused)
-}
-
-/// Attaches the first program of a hook that the kernel takes: its description and its name.
-fn attach(
-    ebpf: &mut Ebpf,
-    hook: &Hook,
-    how: Attach,
-    btf: &Btf,
-) -> Result<(String, &'static str), String> {
-    let [typed, raw] = hook.programs;
-    let first = match how {
-        Attach::RawTp => "not tried, because of --attach raw_tp".to_owned(),
-        Attach::Auto => match attach_typed(ebpf, typed, hook.tracepoint, btf) {
-            Ok(()) => return Ok((format!("tp_btf/{}", hook.tracepoint), typed)),
-            Err(e) => e,
-        },
-    };
-    match attach_raw(ebpf, raw, hook.tracepoint) {
-        Ok(()) => Ok((format!("raw_tp/{}", hook.tracepoint), raw)),
-        Err(second) => Err(format!("tp_btf: {first}; raw_tp: {second}")),
-    }
-}
-
-fn attach_typed(ebpf: &mut Ebpf, name: &str, tracepoint: &str, btf: &Btf) -> Result<(), String> {
-    let program: &mut BtfTracePoint = program(ebpf, name)?;
-    program.load(tracepoint, btf).map_err(|e| brief(&e))?;
-    program.attach().map(|_| ()).map_err(|e| brief(&e))
-}
-
-fn attach_raw(ebpf: &mut Ebpf, name: &str, tracepoint: &str) -> Result<(), String> {
-    let program: &mut RawTracePoint = program(ebpf, name)?;
-    program.load().map_err(|e| brief(&e))?;
-    program
-        .attach(tracepoint)
-        .map(|_| ())
-        .map_err(|e| brief(&e))
-}
-
-fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, String>
-where
-    &'a mut P: TryFrom<&'a mut Program>,
-{
-    ebpf.program_mut(name)
-        .and_then(|p| p.try_into().ok())
-        .ok_or_else(|| format!("the eBPF object has no program {name} of this type"))
-}
-
-/// An error with its causes, without the verifier's log (which goes to debug).
-fn brief(error: &aya::programs::ProgramError) -> String {
-    tracing::debug!(?error, "the kernel refused a program");
-    if let aya::programs::ProgramError::LoadError { io_error, .. } = error {
-        return format!("the kernel refused the program: {io_error}");
-    }
-    format!("{:#}", anyhow::anyhow!(error.to_string()))
 }
 
 /// What a refusal usually means.
@@ -314,9 +282,10 @@ fn raise_memlock() {
     }
 }
 
+/// A file descriptor of a map for batch calls, which aya has not.
 fn map_fd(map: &Map) -> Result<std::os::fd::OwnedFd> {
-    let Map::PerCpuHashMap(data) = map else {
-        anyhow::bail!("a flow map is no per-CPU hash");
+    let (Map::PerCpuHashMap(data) | Map::HashMap(data) | Map::PerCpuArray(data)) = map else {
+        anyhow::bail!("a map is of an unexpected type");
     };
     data.fd()
         .as_fd()
@@ -324,13 +293,8 @@ fn map_fd(map: &Map) -> Result<std::os::fd::OwnedFd> {
         .context("cannot duplicate a map's file descriptor")
 }
 
-fn program_fd(ebpf: &Ebpf, name: &str) -> Option<std::os::fd::OwnedFd> {
-    let fd = match ebpf.program(name)? {
-        Program::BtfTracePoint(p) => p.fd().ok()?.as_fd().try_clone_to_owned(),
-        Program::RawTracePoint(p) => p.fd().ok()?.as_fd().try_clone_to_owned(),
-        _ => return None,
-    };
-    fd.ok()
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A number of `/proc/self/fdinfo` of a map or program, such as `memlock` or `recursion_misses`;

@@ -2,18 +2,22 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `load.rs` | load and attach the programs, each on its own |
+//! | `load.rs` | load the programs and take out their maps |
+//! | `hooks.rs` | the hooks, each attached on its own by the first way that works |
 //! | `btf.rs` | field offsets and reason names of the running kernel |
 //! | `budget.rs` | map sizes from `--map-memory` |
 //! | `events.rs` | the ring buffer as a stream of events, and its clock |
 //! | `drain.rs` | the exact counts, generation by generation |
+//! | `attempts.rs` | connects and DNS queries that nobody answered |
 //! | `symbols.rs` | address to function name |
 //! | `sys.rs` | the only `unsafe` of the agent |
 
+pub mod attempts;
 pub mod btf;
 pub mod budget;
 pub mod drain;
 pub mod events;
+pub mod hooks;
 pub mod load;
 pub mod symbols;
 pub mod sys;

@@ -1,13 +1,14 @@
 //! The only `unsafe` of the agent: what aya 0.14 has no call for.
 //!
 //! - plain-old-data wrappers for the types shared with the programs,
-//! - `BPF_MAP_LOOKUP_AND_DELETE_BATCH`, which drains a map 12 times faster than one call a key,
+//! - batch map calls, which read a map 12 times faster than one call a key,
 //! - `membarrier`, to know that no program still writes to the drained map,
 //! - `mallopt` and `malloc_trim`, because reading BTF leaves a large heap behind.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
+use whydrop_ebpf::attempt::{Connect, EndedKey, Query, QueryKey, Settings, Swept, Tally, TallyKey};
 use whydrop_ebpf::{
     Control, DropEvent, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, PerCpu, REASONS,
 };
@@ -36,6 +37,24 @@ unsafe impl aya::Pod for Plain<OverflowCount> {}
 unsafe impl aya::Pod for Plain<OverflowKey> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Plain<[u8; REASONS]> {}
+// SAFETY: a number.
+unsafe impl aya::Pod for Plain<u64> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<Connect> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<EndedKey> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<Query> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<QueryKey> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<Settings> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<Swept> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<Tally> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<TallyKey> {}
 
 /// Copies a value out of bytes that need not be aligned; `None` if there are too few.
 pub fn read<T>(bytes: &[u8]) -> Option<T>
@@ -49,7 +68,14 @@ where
     Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
-const BPF_MAP_LOOKUP_AND_DELETE_BATCH: libc::c_long = 25;
+/// `enum bpf_cmd` (include/uapi/linux/bpf.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Batch {
+    /// `BPF_MAP_LOOKUP_BATCH`.
+    Read = 24,
+    /// `BPF_MAP_LOOKUP_AND_DELETE_BATCH`.
+    Take = 25,
+}
 
 /// `union bpf_attr`, the part for batches (include/uapi/linux/bpf.h).
 #[repr(C)]
@@ -65,20 +91,26 @@ struct BatchAttr {
     flags: u64,
 }
 
-/// Reads and deletes every key of a per-CPU flow map, in calls of up to `chunk` keys; `found` gets
-/// the key and its counts summed over `cpus`, the number of possible CPUs.
+/// Reads every key of a hash map, and deletes it if `how` says so, in calls of up to `chunk` keys.
+/// `found` gets the key and its values: one, or for a per-CPU map one for each of `cpus`, the number
+/// of possible CPUs. The sizes of `K` and `V` must be those of the map, `V`'s a multiple of 8.
 ///
 /// Errors: what the kernel says; what had been read by then has been handed to `found`.
-pub fn drain_flows(
+pub fn batch<K, V>(
     map: BorrowedFd<'_>,
+    how: Batch,
     cpus: usize,
     chunk: usize,
-    mut found: impl FnMut(FlowKey, FlowCount),
-) -> io::Result<()> {
-    const KEY: usize = size_of::<FlowKey>();
-    const VALUE: usize = size_of::<FlowCount>();
-    let mut keys = vec![0u8; chunk * KEY];
-    let mut values = vec![0u8; chunk * VALUE * cpus];
+    mut found: impl FnMut(K, &mut dyn Iterator<Item = V>),
+) -> io::Result<()>
+where
+    Plain<K>: aya::Pod,
+    Plain<V>: aya::Pod,
+{
+    const { assert!(size_of::<V>().is_multiple_of(8)) };
+    let (key_len, value_len) = (size_of::<K>(), size_of::<V>());
+    let mut keys = vec![0u8; chunk * key_len];
+    let mut values = vec![0u8; chunk * value_len * cpus];
     let mut position = 0u32;
     let mut started = false;
     loop {
@@ -97,12 +129,12 @@ pub fn drain_flows(
             ..BatchAttr::default()
         };
         // SAFETY: the attribute is the kernel's layout; keys and values have room for `count`
-        // elements (a per-CPU value is rounded up to 8 bytes, FlowCount is 24, times the possible
-        // CPUs); the positions of a hash map are 4 bytes.
+        // elements (a per-CPU value is rounded up to 8 bytes, which V's size is a multiple of); the
+        // positions of a hash map are 4 bytes.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_bpf,
-                BPF_MAP_LOOKUP_AND_DELETE_BATCH,
+                how as libc::c_long,
                 &raw mut attr,
                 size_of::<BatchAttr>(),
             )
@@ -119,18 +151,11 @@ pub fn drain_flows(
         };
         let ended = result < 0 && error.is_none();
         for i in 0..(attr.count as usize).min(chunk) {
-            let Some(key) = read::<FlowKey>(&keys[i * KEY..]) else {
+            let Some(key) = read::<K>(&keys[i * key_len..]) else {
                 continue;
             };
-            let mut sum = FlowCount::default();
-            for cpu in 0..cpus {
-                if let Some(count) = read::<FlowCount>(&values[(i * cpus + cpu) * VALUE..]) {
-                    sum.packets += count.packets;
-                    sum.told += count.told;
-                    sum.answers += count.answers;
-                }
-            }
-            found(key, sum);
+            let of_key = &values[i * cpus * value_len..][..cpus * value_len];
+            found(key, &mut of_key.chunks_exact(value_len).filter_map(read));
         }
         if let Some(error) = error {
             return Err(error);
@@ -141,6 +166,54 @@ pub fn drain_flows(
         position = next;
         started = true;
     }
+}
+
+/// Deletes a key of a map. The size of `K` must be that of the map's keys.
+///
+/// # Errors
+/// What the kernel says; `ENOENT` if it is not there.
+pub fn delete<K>(map: BorrowedFd<'_>, key: &K) -> io::Result<()>
+where
+    Plain<K>: aya::Pod,
+{
+    const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+    /// `union bpf_attr`, the part for single elements.
+    #[repr(C)]
+    struct Attr {
+        map_fd: u32,
+        pad: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let mut attr = Attr {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        pad: 0,
+        key: std::ptr::from_ref(key) as u64,
+        value: 0,
+        flags: 0,
+    };
+    // SAFETY: the attribute is the kernel's layout, and the key is as long as the map's.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            BPF_MAP_DELETE_ELEM,
+            &raw mut attr,
+            size_of::<Attr>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// `CLOCK_BOOTTIME` in nanoseconds, as the programs read it.
+pub fn boot_ns() -> u64 {
+    let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME);
+    let time = time.map(std::time::Duration::from).unwrap_or_default();
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Waits until every CPU has passed a point where no program of before the call is running.

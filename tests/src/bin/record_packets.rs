@@ -80,7 +80,14 @@ fn main() -> Result<()> {
             .context("usage: record-packets DIRECTORY")?,
     );
     let lab = Lab::new()?;
-    let mut loaded = load::load(32 << 20, Attach::Auto, false)?;
+    let mut loaded = load::load(load::Options {
+        map_memory_bytes: 32 << 20,
+        attach: Attach::Auto,
+        log: false,
+        syn_timeout: Duration::from_secs(3),
+        dns_timeout: Duration::from_secs(2),
+        dns: false,
+    })?;
     loaded.maps.control.set(
         0,
         Plain(Control {
