@@ -12,7 +12,9 @@ use jiff::tz::TimeZone;
 use jiff::{SignedDuration, Timestamp, fmt::strtime};
 
 use crate::cli::config::Output;
-use crate::event::{Confidence, Endpoint, EndpointKind, Event, Line, Lost, LostStage, Outcome};
+use crate::event::{
+    Cause, Confidence, Endpoint, EndpointKind, Event, Line, Lost, LostStage, Outcome,
+};
 
 /// How times look in compact and wide.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,7 +124,17 @@ impl Format {
             parts.push(question);
         }
         parts.push(format!("×{}", event.packets));
-        parts.extend(site(event, wide));
+        parts.extend(event.waited_seconds.map(|s| format!("after {s:.1}s")));
+        let site = site(event, wide);
+        parts.extend(match event.cause {
+            None => site,
+            // A full accept queue has no site of the kernel's.
+            Some(Cause::DroppedHere) => Some(match site {
+                Some(site) => format!("dropped here: {site}"),
+                None => "dropped here".to_owned(),
+            }),
+            Some(Cause::Elsewhere) => Some("not dropped on this node".to_owned()),
+        });
         let mut text = parts.join("  ") + "\n";
         if let Some(explanation) = &event.explanation {
             let summary = match explanation.confidence {

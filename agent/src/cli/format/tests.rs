@@ -84,6 +84,31 @@ fn what_is_not_known_is_not_shown() {
     );
 }
 
+/// One line for the attempt and its drop.
+#[test]
+fn an_unanswered_attempt_says_how_long_it_waited_and_who_dropped_it() {
+    let here = Event {
+        outcome: Outcome::Unanswered,
+        waited_seconds: Some(3.049),
+        cause: Some(Cause::DroppedHere),
+        explanation: None,
+        ..event()
+    };
+    let line = compact(here.clone());
+    let end = "×4  after 3.0s  dropped here: NETFILTER_DROP at nft_do_chain on veth12ab\n";
+    assert!(line.ends_with(end), "{line}");
+    let elsewhere = Event {
+        cause: Some(Cause::Elsewhere),
+        drop: None,
+        ..here
+    };
+    let line = compact(elsewhere);
+    assert!(
+        line.ends_with("×4  after 3.0s  not dropped on this node\n"),
+        "{line}"
+    );
+}
+
 #[test]
 fn an_end_is_its_name_or_its_address() {
     let ip = Some("fd00::7".parse().unwrap());
