@@ -24,9 +24,9 @@ const DELIVERY: Duration = Duration::from_secs(1);
 /// Until a line or counter must be there after all that.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// The arguments of an agent that tests wait for: both timeouts in milliseconds.
-pub fn timeouts(ms: &str) -> [&str; 4] {
-    ["--syn-timeout", ms, "--dns-timeout", ms]
+/// The arguments of an agent that tests wait for: both timeouts, as `500ms`.
+pub fn timeouts(time: &str) -> [&str; 4] {
+    ["--syn-timeout", time, "--dns-timeout", time]
 }
 
 /// Which attempt: its protocol, the sender's address and port, and of DNS its id.

@@ -26,7 +26,7 @@ on_both_families!(
 const REASON: &[&str] = &["NETFILTER_DROP"];
 /// The agent's timeout, between the first resend of a SYN (1 s) and the second (2 s).
 const TIMEOUT: Duration = Duration::from_millis(1_500);
-const TIMEOUT_MS: &str = "1500";
+const TIMEOUT_ARGUMENT: &str = "1500ms";
 /// SYNs of a connect that hangs for [`TIMEOUT`].
 const SYNS: std::ops::RangeInclusive<u64> = 2..=2;
 /// Connects of each sort.
@@ -155,7 +155,7 @@ fn results(scene: &Scene, wanted: Results) -> Result<()> {
 
 /// What hangs is reported while it hangs, with where it was lost; and not again when it ends.
 fn lost(family: Family) -> Result<()> {
-    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_MS), rules)?;
+    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), rules)?;
     let at = |port| scene.lab.socket(Place::Of(Host::Server), family, port);
     let _full = FullListener::start(&scene.lab, Host::Server, at(port::FULL))?;
     let listening = [at(port::OPEN), at(port::BACK_FORWARD), at(port::BACK_INPUT)];
@@ -216,7 +216,7 @@ fn lost(family: Family) -> Result<()> {
 /// Whoever is told in whatever way was answered, even where the application learns of it later than
 /// the agent's timeout.
 fn told(family: Family) -> Result<()> {
-    let scene = Scene::with_arguments(family, &timeouts("500"), rules)?;
+    let scene = Scene::with_arguments(family, &timeouts("500ms"), rules)?;
     let ports = [
         port::CLOSED,
         port::FORWARD_RESET,
@@ -253,7 +253,7 @@ fn told(family: Family) -> Result<()> {
 fn ends(family: Family) -> Result<()> {
     const SECOND: u16 = 1030;
     const LATE: u16 = 1031;
-    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_MS), |lab| {
+    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), |lab| {
         rules(lab)?;
         lab.nft(
             Host::Router,
@@ -383,7 +383,7 @@ fn ask(scene: &Scene, ports: &[u16]) -> Result<Connects> {
 
 /// Connects to a Service, whose real end is chosen at a host's hook.
 fn service(family: Family, host: Host, hook: &str) -> Result<()> {
-    let scene = Scene::with_service(family, &timeouts(TIMEOUT_MS), &SERVICE, |lab| {
+    let scene = Scene::with_service(family, &timeouts(TIMEOUT_ARGUMENT), &SERVICE, |lab| {
         rules(lab)?;
         dnat(lab, host, family, hook)
     })?;
@@ -443,7 +443,7 @@ fn service_of_its_own(family: Family) -> Result<()> {
 
 /// Where no drop tells the real end, conntrack does.
 fn elsewhere_behind_a_service(family: Family) -> Result<()> {
-    let scene = Scene::with_service(family, &timeouts(TIMEOUT_MS), &SERVICE, |lab| {
+    let scene = Scene::with_service(family, &timeouts(TIMEOUT_ARGUMENT), &SERVICE, |lab| {
         rules(lab)?;
         dnat(lab, Host::Router, family, "prerouting")
     })?;

@@ -31,11 +31,11 @@ on_both_families!(
 const REASON: &[&str] = &["NETFILTER_DROP"];
 /// The agent's timeout.
 const TIMEOUT: Duration = Duration::from_millis(800);
-const TIMEOUT_MS: &str = "800";
+const TIMEOUT_ARGUMENT: &str = "800ms";
 
 /// A scene with a DNS server at the server.
 fn scene(family: Family) -> Result<(Scene, Server)> {
-    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_MS), |lab| rules(lab, DNS))?;
+    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), |lab| rules(lab, DNS))?;
     let at = scene.lab.socket(Place::Of(Host::Server), family, DNS);
     let server = Server::start(&scene.lab, Host::Server, at)?;
     Ok((scene, server))
@@ -282,7 +282,7 @@ fn receive_buffer(family: Family) -> Result<()> {
 
 /// A tc program that drops all that leaves the client's own namespace.
 fn tc_egress(family: Family) -> Result<()> {
-    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_MS), |lab| {
+    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), |lab| {
         lab.tc(Host::Client, "eth0", "egress", TC_SHOT)
     })?;
     let asked = to_server(&scene)?.ask(0, "a")?;
@@ -375,7 +375,7 @@ fn by_default() -> Result<()> {
 /// With `--dns off` nothing is said of DNS, and all the same of connects and drops.
 #[test]
 fn off() -> Result<()> {
-    let arguments = [&timeouts(TIMEOUT_MS)[..], &["--dns", "off"]].concat();
+    let arguments = [&timeouts(TIMEOUT_ARGUMENT)[..], &["--dns", "off"]].concat();
     let scene = Scene::with_arguments(Family::V4, &arguments, |lab| rules(lab, DNS))?;
     let (lab, agent) = (&scene.lab, scene.agent());
     let at = lab.socket(Place::Of(Host::Server), Family::V4, DNS);

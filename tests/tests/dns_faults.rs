@@ -26,11 +26,11 @@ on_both_families!(
 
 /// The agent's timeout.
 const TIMEOUT: Duration = Duration::from_millis(800);
-const TIMEOUT_MS: &str = "800";
+const TIMEOUT_ARGUMENT: &str = "800ms";
 
 /// A scene with a DNS server at the server.
 fn scene(family: Family) -> Result<(Scene, Server)> {
-    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_MS), |_| Ok(()))?;
+    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), |_| Ok(()))?;
     let at = scene.lab.socket(Place::Of(Host::Server), family, DNS);
     let server = Server::start(&scene.lab, Host::Server, at)?;
     Ok((scene, server))
@@ -235,7 +235,7 @@ impl Drop for Impostor<'_> {
 
 /// What looks like an answer and is none: another id, from another port, the query itself.
 fn no_answers(family: Family) -> Result<()> {
-    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_MS), |_| Ok(()))?;
+    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), |_| Ok(()))?;
     let (lab, agent) = (&scene.lab, scene.agent());
     let to = server_end(&scene);
     let (real, other) = lab.within(Host::Server, || -> Result<_> {

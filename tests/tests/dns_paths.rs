@@ -25,14 +25,14 @@ on_both_families!(
 const REASON: &[&str] = &["NETFILTER_DROP"];
 /// The agent's timeout.
 const TIMEOUT: Duration = Duration::from_millis(800);
-const TIMEOUT_MS: &str = "800";
+const TIMEOUT_ARGUMENT: &str = "800ms";
 /// Where the server of a Service listens.
 const REAL: u16 = 5353;
 
 /// A resolver on the client's own loopback, and one at an address of the node for all its pods.
 fn near_resolvers(family: Family) -> Result<()> {
     let node_local = family.pick("169.254.20.10", "fd99::10");
-    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_MS), |lab| {
+    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), |lab| {
         rules(lab, DNS)?;
         let (length, option) = family.pick((32, ""), (128, "nodad"));
         let line = format!("ip addr add {node_local}/{length} dev lo {option}");
@@ -73,7 +73,7 @@ fn near_resolvers(family: Family) -> Result<()> {
 /// A scene whose Service leads to a server at another port, chosen at a host's hook.
 fn service_scene(family: Family, host: Host, hook: &str) -> Result<(Scene, Server)> {
     let ports = [(DNS, "UDP", REAL)];
-    let scene = Scene::with_service(family, &timeouts(TIMEOUT_MS), &ports, |lab| {
+    let scene = Scene::with_service(family, &timeouts(TIMEOUT_ARGUMENT), &ports, |lab| {
         rules(lab, REAL)?;
         let (ip, service) = (family.nft(), lab.address(Place::Service, family));
         let to = lab.socket(Place::Of(Host::Server), family, REAL);
