@@ -227,6 +227,20 @@ pub struct Tally {
     pub sum_ns: u64,
 }
 
+/// A confirmed conntrack entry that died without ever having seen a reply.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Died {
+    /// `CLOCK_BOOTTIME` in nanoseconds.
+    pub boot_ns: u64,
+    /// What its first packet was, and what its replies would have been.
+    pub tuples: [crate::TupleHash; 2],
+    /// Inode number of its network namespace.
+    pub netns: u32,
+    /// `nf_conn.status`
+    pub status: u32,
+}
+
 /// Timeouts and what is switched on; set by the loader.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -273,6 +287,8 @@ pub struct AttemptCpu {
     pub queries_lost: u64,
     /// Counts made by [`TallyKey`].
     pub tallied: u64,
+    /// Conntrack entries that died unreplied and found no room in the ring buffer.
+    pub died_lost: u64,
 }
 
 const _: () = assert!(size_of::<LastDrop>() == 40);
@@ -284,5 +300,6 @@ const _: () = assert!(size_of::<Query>() == 40 + 16 + 16 + 40 + MESSAGE_LEN);
 const _: () = assert!(size_of::<QueryWork>() == 2 * size_of::<Query>() + 20 + 32 + 4 + 16);
 const _: () = assert!(size_of::<TallyKey>() == 32);
 const _: () = assert!(size_of::<Tally>() == 16);
+const _: () = assert!(size_of::<Died>() == 8 + 112 + 8);
 const _: () = assert!(size_of::<Settings>() == 24);
-const _: () = assert!(size_of::<AttemptCpu>() == 64);
+const _: () = assert!(size_of::<AttemptCpu>() == 72);

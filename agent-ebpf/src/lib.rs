@@ -399,6 +399,8 @@ pub struct Offsets {
     pub ct_status: u32,
     /// `nf_conn.tuplehash`
     pub ct_tuplehash: u32,
+    /// `nf_conn.ct_net.net`
+    pub ct_net: u32,
     /// 1 if the tracepoint has the drop reason (its typedef in BTF says so; distributions
     /// backport it).
     pub has_reason: u32,
@@ -443,6 +445,7 @@ impl Offsets {
         skb_transport_header: MISSING,
         ct_status: MISSING,
         ct_tuplehash: MISSING,
+        ct_net: MISSING,
         has_reason: 0,
         reason_no_socket: MISSING,
     };

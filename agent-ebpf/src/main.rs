@@ -7,6 +7,7 @@
 //! | `told.rs` | `neigh_event_send_done` | was the sender told? |
 //! | `connect.rs` | `inet_sock_set_state`, `inet_sk_error_report` | TCP connects that wait |
 //! | `dns.rs` | `netif_receive_skb` or `__udp_enqueue_schedule_skb` | DNS queries that wait |
+//! | `died.rs` | `nf_conntrack_free` | conntrack entries that die unreplied |
 //! | `tally.rs` | | what became of connects and queries |
 //! | `packet.rs` | | find and read a packet's headers |
 //! | `conntrack.rs` | | the destination before DNAT |
@@ -28,6 +29,7 @@
 mod access;
 mod connect;
 mod conntrack;
+mod died;
 mod dns;
 mod drop;
 mod maps;

@@ -133,3 +133,8 @@ pub static TALLIES_1: HashMap<TallyKey, Tally> = HashMap::with_max_entries(1024,
 #[map]
 pub static TALLIES_OTHER: PerCpuArray<Tally> =
     PerCpuArray::with_max_entries((TALLIES * DETAILS) as u32, 0);
+
+/// Conntrack entries that died unreplied, on their way to the agent: 512 of them. They die of age, which
+/// the kernel's garbage collection finds in batches.
+#[map]
+pub static DIED: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);

@@ -17,7 +17,7 @@ use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-use crate::cli::config::{AgentArgs, Labels, OnOff};
+use crate::cli::config::{AgentArgs, AutoOff, Labels, OnOff};
 use crate::cluster::files::{self, Files};
 use crate::decode::classify::is_always_benign;
 use crate::decode::{Decoder, Names};
@@ -97,6 +97,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
         syn_timeout: args.syn_timeout,
         dns_timeout: args.dns_timeout,
         dns: args.dns == OnOff::On,
+        conntrack: args.conntrack == AutoOff::Auto,
     };
     let loaded = tokio::task::spawn_blocking(move || load::load(options))
         .await

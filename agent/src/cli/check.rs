@@ -21,6 +21,7 @@ const OPTIONS: load::Options = load::Options {
     syn_timeout: Duration::from_secs(3),
     dns_timeout: Duration::from_secs(2),
     dns: true,
+    conntrack: true,
 };
 
 /// Loads and attaches every program, takes them off again, and prints what could be done. The exit
@@ -66,6 +67,7 @@ fn meaning(source: &str) -> &'static str {
         "neighbour" => "know at once that an answer will come late",
         hooks::CONNECTS => "see TCP connects that hang",
         hooks::CONNECT_ERRORS => "see connects that ICMP refused",
+        hooks::CONNTRACK_DEATHS => "see at once that a forwarded connection ended unanswered",
         hooks::DNS => "see DNS queries that nobody answers",
         load::SERVICES => "name the Service of a packet that DNAT changed",
         load::REASONS_SOURCE => "say the kernel's own reason for a drop",
@@ -146,6 +148,7 @@ mod tests {
             hooks::CONNECTS,
             hooks::CONNECT_ERRORS,
             hooks::DNS,
+            hooks::CONNTRACK_DEATHS,
         ] {
             assert!(!meaning(name).is_empty(), "{name}");
         }

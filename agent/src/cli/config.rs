@@ -157,6 +157,17 @@ pub struct AgentArgs {
     )]
     pub dns: OnOff,
 
+    /// Whether conntrack is asked for Services and for unanswered connections of senders that are no
+    /// sockets of this kernel
+    #[arg(
+        long,
+        value_name = "auto|off",
+        default_value = "auto",
+        env = "WHYDROP_CONNTRACK",
+        help_heading = "Unanswered"
+    )]
+    pub conntrack: AutoOff,
+
     /// How programs are attached: `raw_tp` avoids the trampolines of `tp_btf`, at a higher cost
     #[arg(
         long,
@@ -193,6 +204,15 @@ pub enum OnOff {
     /// It is.
     On,
     /// It is not.
+    Off,
+}
+
+/// Whether something is watched where it can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum AutoOff {
+    /// Where it can be.
+    Auto,
+    /// Nowhere.
     Off,
 }
 

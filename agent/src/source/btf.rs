@@ -135,6 +135,7 @@ fn from_btf(btf: &Btf) -> Result<KernelTypes, BtfError> {
         skb_transport_header: optional("sk_buff.transport_header"),
         ct_status: optional("nf_conn.status"),
         ct_tuplehash: optional("nf_conn.tuplehash"),
+        ct_net: optional("nf_conn.ct_net"),
         has_reason: u32::from(has_reason(btf)),
         reason_no_socket: MISSING,
     };

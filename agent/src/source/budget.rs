@@ -96,6 +96,7 @@ impl Budget {
             + per_cpu(size_of::<PerCpu>())
             + per_cpu(size_of::<QueryWork>())
             + per_cpu(TALLIES * DETAILS * size_of::<Tally>())
+            + ring_bytes(64 * 1024)
             // Control, read-only data, and the log's ring at its smallest: a few pages each.
             + 16 * PAGE_BYTES
     }

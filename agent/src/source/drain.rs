@@ -387,4 +387,5 @@ pub fn add_attempts(sum: &mut AttemptCpu, cpu: &AttemptCpu) {
     sum.queries += cpu.queries;
     sum.queries_lost += cpu.queries_lost;
     sum.tallied += cpu.tallied;
+    sum.died_lost += cpu.died_lost;
 }

@@ -2,9 +2,10 @@
 //!
 //! Whether a kernel takes a hook is found by loading and attaching it, never by its version.
 
+use std::error::Error as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 
-use aya::programs::{BtfTracePoint, FEntry, KProbe, Program, RawTracePoint};
+use aya::programs::{BtfTracePoint, FEntry, KProbe, Program, ProgramError, RawTracePoint};
 use aya::{Btf, Ebpf};
 
 /// A hook, and what is lost without it.
@@ -35,12 +36,15 @@ pub const CONNECT_ERRORS: &str = "connect_errors";
 /// DNS answers.
 pub const DNS: &str = "dns";
 
+/// Conntrack entries that die unreplied.
+pub const CONNTRACK_DEATHS: &str = "conntrack_deaths";
+
 const UDP_ENQUEUE: &str = "__udp_enqueue_schedule_skb";
 
 /// In the order of attaching. What tells of answers comes before what counts drops, so that no drop
 /// is counted as silent because its answer was not watched yet; and what sees the ends of attempts
 /// before what sees their beginnings.
-pub const HOOKS: [Hook; 6] = [
+pub const HOOKS: [Hook; 7] = [
     Hook {
         source: DNS,
         ways: &[
@@ -89,6 +93,11 @@ pub const HOOKS: [Hook; 6] = [
             "neigh_wait_raw",
         )],
         lost_without: "counts of silent drops are published 3 s late, to wait for answers that leave late",
+    },
+    Hook {
+        source: CONNTRACK_DEATHS,
+        ways: &[Way::Kprobe("nf_conntrack_free", "conntrack_free")],
+        lost_without: "forwarded connections that live for less than half a second unanswered are not seen",
     },
     Hook {
         source: DROPS,
@@ -153,15 +162,30 @@ pub struct Attached {
 
 /// Attaches the first way of a hook that the kernel takes.
 ///
+/// Without `btf` only the ways that need none are tried: kprobes and `raw_tp`.
+///
 /// Errors: why it took none, each way in turn.
-pub fn attach(ebpf: &mut Ebpf, hook: &Hook, how: Attach, btf: &Btf) -> Result<Attached, String> {
+pub fn attach(
+    ebpf: &mut Ebpf,
+    hook: &Hook,
+    how: Attach,
+    btf: Option<&Btf>,
+) -> Result<Attached, String> {
     let mut refused = Vec::new();
     for way in hook.ways {
         for (kind, name, program) in way.programs() {
-            if how == Attach::RawTp && kind != "raw_tp" {
+            let has_raw = matches!(way, Way::Tracepoint(..));
+            if how == Attach::RawTp && kind != "raw_tp" && has_raw {
                 continue;
             }
-            match attach_one(ebpf, kind, name, program, btf) {
+            let result = match (kind, btf) {
+                ("tp_btf", Some(btf)) => attach_typed(ebpf, program, name, btf),
+                ("fentry", Some(btf)) => attach_fentry(ebpf, program, name, btf),
+                ("tp_btf" | "fentry", None) => continue,
+                ("raw_tp", _) => attach_raw(ebpf, program, name),
+                _ => attach_kprobe(ebpf, program, name),
+            };
+            match result {
                 Ok(()) => {
                     return Ok(Attached {
                         hook: format!("{kind}/{name}"),
@@ -187,21 +211,6 @@ impl Way {
     }
 }
 
-fn attach_one(
-    ebpf: &mut Ebpf,
-    kind: &str,
-    name: &str,
-    program: &str,
-    btf: &Btf,
-) -> Result<(), String> {
-    match kind {
-        "tp_btf" => attach_typed(ebpf, program, name, btf),
-        "raw_tp" => attach_raw(ebpf, program, name),
-        "fentry" => attach_fentry(ebpf, program, name, btf),
-        _ => attach_kprobe(ebpf, program, name),
-    }
-}
-
 fn attach_typed(ebpf: &mut Ebpf, name: &str, tracepoint: &str, btf: &Btf) -> Result<(), String> {
     let program: &mut BtfTracePoint = program(ebpf, name)?;
     program.load(tracepoint, btf).map_err(|e| brief(&e))?;
@@ -210,7 +219,7 @@ fn attach_typed(ebpf: &mut Ebpf, name: &str, tracepoint: &str, btf: &Btf) -> Res
 
 fn attach_raw(ebpf: &mut Ebpf, name: &str, tracepoint: &str) -> Result<(), String> {
     let program: &mut RawTracePoint = program(ebpf, name)?;
-    program.load().map_err(|e| brief(&e))?;
+    loaded(program.load())?;
     program
         .attach(tracepoint)
         .map(|_| ())
@@ -225,11 +234,19 @@ fn attach_fentry(ebpf: &mut Ebpf, name: &str, function: &str, btf: &Btf) -> Resu
 
 fn attach_kprobe(ebpf: &mut Ebpf, name: &str, function: &str) -> Result<(), String> {
     let program: &mut KProbe = program(ebpf, name)?;
-    program.load().map_err(|e| brief(&e))?;
+    loaded(program.load())?;
     program
         .attach(function, 0)
         .map(|_| ())
         .map_err(|e| brief(&e))
+}
+
+/// A program that could be loaded but not attached before is still loaded.
+fn loaded(result: Result<(), ProgramError>) -> Result<(), String> {
+    match result {
+        Ok(()) | Err(ProgramError::AlreadyLoaded) => Ok(()),
+        Err(error) => Err(brief(&error)),
+    }
 }
 
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, String>
@@ -242,12 +259,13 @@ where
 }
 
 /// An error with its causes, without the verifier's log (which goes to debug).
-fn brief(error: &aya::programs::ProgramError) -> String {
+fn brief(error: &ProgramError) -> String {
     tracing::debug!(?error, "the kernel refused a program");
-    if let aya::programs::ProgramError::LoadError { io_error, .. } = error {
+    if let ProgramError::LoadError { io_error, .. } = error {
         return format!("the kernel refused the program: {io_error}");
     }
-    format!("{:#}", anyhow::anyhow!(error.to_string()))
+    let causes = std::iter::successors(error.source(), |cause: &&dyn std::error::Error| (*cause).source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// A file descriptor of a loaded program.

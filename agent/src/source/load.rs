@@ -101,6 +101,8 @@ pub struct Options {
     pub dns_timeout: Duration,
     /// Whether DNS is watched.
     pub dns: bool,
+    /// Whether conntrack is watched.
+    pub conntrack: bool,
 }
 
 /// Loads the programs and attaches them.
@@ -130,6 +132,9 @@ pub fn load(options: Options) -> Result<Loaded> {
     let mut programs = Vec::new();
     for hook in &hooks::HOOKS {
         let off = match hook.source {
+            hooks::CONNTRACK_DEATHS if !options.conntrack => {
+                Some("switched off by --conntrack off".to_owned())
+            }
             hooks::CONNECTS | hooks::CONNECT_ERRORS if settings.connects == 0 => Some(format!(
                 "missing in the kernel's BTF: {}",
                 types.missing.join(", ")
@@ -141,7 +146,10 @@ pub fn load(options: Options) -> Result<Loaded> {
             )),
             _ => None,
         };
-        let result = off.map_or_else(|| hooks::attach(&mut ebpf, hook, options.attach, &btf), Err);
+        let result = off.map_or_else(
+            || hooks::attach(&mut ebpf, hook, options.attach, Some(&btf)),
+            Err,
+        );
         if hook.source == DROPS {
             result
                 .as_ref()

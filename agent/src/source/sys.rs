@@ -8,7 +8,9 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use whydrop_ebpf::attempt::{Connect, EndedKey, Query, QueryKey, Settings, Swept, Tally, TallyKey};
+use whydrop_ebpf::attempt::{
+    Connect, Died, EndedKey, Query, QueryKey, Settings, Swept, Tally, TallyKey,
+};
 use whydrop_ebpf::{
     Control, DropEvent, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, PerCpu, REASONS,
 };
@@ -41,6 +43,8 @@ unsafe impl aya::Pod for Plain<[u8; REASONS]> {}
 unsafe impl aya::Pod for Plain<u64> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Plain<Connect> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<Died> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Plain<EndedKey> {}
 // SAFETY: as above.

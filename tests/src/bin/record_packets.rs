@@ -87,6 +87,7 @@ fn main() -> Result<()> {
         syn_timeout: Duration::from_secs(3),
         dns_timeout: Duration::from_secs(2),
         dns: false,
+        conntrack: false,
     })?;
     loaded.maps.control.set(
         0,
