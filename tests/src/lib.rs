@@ -14,12 +14,14 @@
 //! | [`dns_server`] | a DNS server whose answer the name decides |
 //! | [`dns_client`] | DNS clients with ids that a test chooses |
 //! | [`queries`] | DNS queries by what becomes of them |
+//! | [`port`] | TCP ports by what becomes of a connect |
 //! | [`sockets`] | the TCP sockets of a host, as the kernel lists them |
 //! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
 //! | [`kernel`] | the programs and maps that a process has in the kernel |
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
 //! | [`agent`] | the agent as a process: start, scrape, read events, stop |
 //! | [`scene`] | a lab with a dropper, an agent and a bystander: what nearly every test needs |
+//! | [`silence`] | thousands of connects and queries, a tenth unanswered |
 //! | [`bench`] | `cargo xtask bench`: what is measured, each beside a peer |
 //! | [`expect`](mod@expect) | what the agent must show for a lab, and nothing else |
 //! | [`unanswered`] | what it must say of attempts that nobody answered |
@@ -44,8 +46,10 @@ pub mod listeners;
 pub mod objects;
 pub mod packet;
 pub mod place;
+pub mod port;
 pub mod queries;
 pub mod scene;
+pub mod silence;
 pub mod sockets;
 pub mod tallies;
 pub mod traffic;

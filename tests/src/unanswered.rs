@@ -288,65 +288,77 @@ fn key(lab: &Lab, line: &Value) -> Option<Key> {
     })
 }
 
+/// What is wrong with what the agent said, each in a line.
+#[derive(Clone, Debug, Default)]
+pub struct Audit {
+    /// Not said to be unanswered.
+    pub missing: Vec<String>,
+    /// Said, and wrongly: cause, place, name, time.
+    pub wrong: Vec<String>,
+    /// Said more than once.
+    pub twice: Vec<String>,
+    /// Nobody expected it.
+    pub unexpected: Vec<String>,
+}
+
+impl Audit {
+    fn passed(&self) -> Result<()> {
+        const MOST: usize = 4;
+        let mut text = String::new();
+        for (what, lines) in [
+            ("are not said to be unanswered", &self.missing),
+            ("are said wrongly", &self.wrong),
+            ("are said more than once", &self.twice),
+            ("were expected by nobody", &self.unexpected),
+        ] {
+            if !lines.is_empty() {
+                text += &format!("\n{} {what}:", lines.len());
+                for line in lines.iter().take(MOST) {
+                    text += &format!("\n  {line}");
+                }
+                if lines.len() > MOST {
+                    text += &format!("\n  and {} more", lines.len() - MOST);
+                }
+            }
+        }
+        ensure!(text.is_empty(), "of the attempts{text}");
+        Ok(())
+    }
+}
+
 /// Waits until the agent has said so of each of these, and checks what it said. More may follow.
 ///
 /// # Errors
 /// One is missing, or a line about it is wrong.
 pub fn wait(lab: &Lab, agent: &Agent, wanted: &[Unanswered]) -> Result<()> {
-    let by_key: HashMap<Key, &Unanswered> = wanted.iter().map(|one| (one.key, one)).collect();
+    waited(lab, agent, wanted)?.passed()
+}
+
+fn waited(lab: &Lab, agent: &Agent, wanted: &[Unanswered]) -> Result<Audit> {
+    let mut missing: HashMap<Key, &Unanswered> = wanted.iter().map(|one| (one.key, one)).collect();
     ensure!(
-        by_key.len() == wanted.len(),
+        missing.len() == wanted.len(),
         "the test names one attempt twice"
     );
-    let mut missing = by_key.clone();
-    let mut faults = Vec::new();
+    let mut audit = Audit::default();
     let mut seen = 0;
     let deadline = Instant::now() + DEADLINE;
-    while !missing.is_empty() {
+    while !missing.is_empty() && Instant::now() < deadline {
         for received in agent.received(seen) {
             seen += 1;
             if let Some(found) = key(lab, &received.json).and_then(|key| missing.remove(&key)) {
-                let wrong = found.faults(lab, &received);
-                if !wrong.is_empty() {
-                    let wrong = wrong.join("; ");
-                    faults.push(format!("{found}: {wrong}\n    {}", received.json));
+                let faults = found.faults(lab, &received);
+                if !faults.is_empty() {
+                    let faults = faults.join("; ");
+                    let line = format!("{found}: {faults}\n    {}", received.json);
+                    audit.wrong.push(line);
                 }
             }
         }
-        if Instant::now() > deadline {
-            let missing: Vec<String> = missing.values().map(ToString::to_string).collect();
-            faults.push(format!(
-                "{} of {} are not said to be unanswered:\n    {}",
-                missing.len(),
-                wanted.len(),
-                some(&missing)
-            ));
-            break;
-        }
         std::thread::sleep(POLL);
     }
-    ensure!(
-        faults.is_empty(),
-        "{} faults:\n  {}",
-        faults.len(),
-        some(&faults)
-    );
-    Ok(())
-}
-
-/// The first of many lines.
-fn some(lines: &[String]) -> String {
-    const MOST: usize = 12;
-    let mut text = lines
-        .iter()
-        .take(MOST)
-        .cloned()
-        .collect::<Vec<_>>()
-        .join("\n    ");
-    if lines.len() > MOST {
-        text += &format!("\n    and {} more", lines.len() - MOST);
-    }
-    text
+    audit.missing = missing.values().map(ToString::to_string).collect();
+    Ok(audit)
 }
 
 /// Checks that the agent said so of each of these once and of nothing else, in lines and counters.
@@ -365,7 +377,16 @@ pub fn expect(lab: &Lab, agent: &Agent, wanted: &[Unanswered]) -> Result<()> {
 /// # Errors
 /// As [`expect`].
 pub fn expect_beside(lab: &Lab, agent: &Agent, other: &str, wanted: &[Unanswered]) -> Result<()> {
-    wait(lab, agent, wanted)?;
+    audit(lab, agent, other, wanted)?.passed()?;
+    counters(lab, agent, other, wanted)
+}
+
+/// What is wrong with the lines, where what one pod sends is not looked at.
+///
+/// # Errors
+/// The agent does not answer, or the markers are not reported.
+pub fn audit(lab: &Lab, agent: &Agent, other: &str, wanted: &[Unanswered]) -> Result<Audit> {
+    let mut audit = waited(lab, agent, wanted)?;
     markers(lab, agent)?;
     let mut times: BTreeMap<Key, usize> = BTreeMap::new();
     let mut lines = HashMap::new();
@@ -378,21 +399,15 @@ pub fn expect_beside(lab: &Lab, agent: &Agent, other: &str, wanted: &[Unanswered
         }
     }
     let expected: HashSet<Key> = wanted.iter().map(|one| one.key).collect();
-    let mut faults = Vec::new();
-    for (key, times) in &times {
-        if !expected.contains(key) {
-            faults.push(format!("nobody expected the {key}: {}", lines[key]));
-        } else if *times != 1 {
-            faults.push(format!("{times} lines of the {key}: {}", lines[key]));
+    for (key, times) in times {
+        if !expected.contains(&key) {
+            audit.unexpected.push(format!("{key}: {}", lines[&key]));
+        } else if times != 1 {
+            let line = format!("{times} times the {key}: {}", lines[&key]);
+            audit.twice.push(line);
         }
     }
-    ensure!(
-        faults.is_empty(),
-        "{} faults:\n    {}",
-        faults.len(),
-        some(&faults)
-    );
-    counters(lab, agent, other, wanted)
+    Ok(audit)
 }
 
 /// A pair as `whydrop_unanswered_total` names it: source, destination, kind, cause and Service.

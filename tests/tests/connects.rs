@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use whydrop_tests::connects::{Attempt, Blocked, Connects, Fate, Hanging, Options};
-use whydrop_tests::lab::{Family, Host, Lab, Place, TC_STOLEN};
+use whydrop_tests::lab::{Family, Host, Lab, Place};
 use whydrop_tests::listeners::{Acceptor, FullListener};
 use whydrop_tests::on_both_families;
+use whydrop_tests::port::{self, rules};
 use whydrop_tests::scene::Scene;
 use whydrop_tests::tallies::{self, Results};
 use whydrop_tests::unanswered::{self, Unanswered, timeouts};
@@ -34,83 +35,6 @@ const EACH: usize = 3;
 /// Until an answer that comes must be there: ICMPv6 errors that meet a busy socket come again with
 /// the SYNs that are resent.
 const PATIENCE: Duration = Duration::from_secs(4);
-
-/// The server's ports, by what becomes of a connect.
-mod port {
-    /// Established.
-    pub const OPEN: u16 = 1000;
-    /// Nobody listens.
-    pub const CLOSED: u16 = 1001;
-    /// The SYN is dropped by the client, the router, the server.
-    pub const OUTPUT: u16 = 1010;
-    pub const FORWARD: u16 = 1011;
-    pub const INPUT: u16 = 1012;
-    /// The SYN-ACK is dropped by the router, the client.
-    pub const BACK_FORWARD: u16 = 1013;
-    pub const BACK_INPUT: u16 = 1014;
-    /// The listener's accept queue is full.
-    pub const FULL: u16 = 1015;
-    /// The SYN is gone, and nobody called it a drop.
-    pub const GONE: u16 = 1016;
-    /// The router, the server, the client answer with a reset.
-    pub const FORWARD_RESET: u16 = 1020;
-    pub const INPUT_RESET: u16 = 1021;
-    pub const OUTPUT_RESET: u16 = 1022;
-    /// The router, the server, the client answer with an ICMP error.
-    pub const FORWARD_REJECT: u16 = 1023;
-    pub const INPUT_REJECT: u16 = 1024;
-    pub const OUTPUT_REJECT: u16 = 1025;
-}
-
-/// nft at the client, the router and the server.
-fn rules(lab: &Lab) -> Result<()> {
-    use port::*;
-    lab.nft(
-        Host::Client,
-        &format!(
-            "table inet lab {{
-               chain o {{ type filter hook output priority 0;
-                 tcp dport {OUTPUT} drop
-                 tcp dport {OUTPUT_RESET} reject with tcp reset
-                 tcp dport {OUTPUT_REJECT} reject with icmpx admin-prohibited
-               }}
-               chain i {{ type filter hook input priority 0;
-                 tcp sport {BACK_INPUT} drop
-               }}
-             }}"
-        ),
-    )?;
-    lab.nft(
-        Host::Router,
-        &format!(
-            "table inet lab {{
-               chain f {{ type filter hook forward priority 0;
-                 tcp dport {FORWARD} drop
-                 tcp sport {BACK_FORWARD} drop
-                 tcp dport {FORWARD_RESET} reject with tcp reset
-                 tcp dport {FORWARD_REJECT} reject with icmpx admin-prohibited
-               }}
-             }}"
-        ),
-    )?;
-    lab.nft(
-        Host::Server,
-        &format!(
-            "table inet lab {{
-               chain i {{ type filter hook input priority 0;
-                 tcp dport {INPUT} drop
-                 tcp dport {INPUT_RESET} reject with tcp reset
-                 tcp dport {INPUT_REJECT} reject
-               }}
-             }}"
-        ),
-    )?;
-    lab.tc_port(Host::Server, "eth0", "ingress", GONE, TC_STOLEN)?;
-    for host in [Host::Client, Host::Router, Host::Server] {
-        lab.unlimited_icmp(host)?;
-    }
-    Ok(())
-}
 
 /// Some connects to each of these ports of the server.
 fn open(scene: &Scene, ports: &[u16], options: Options) -> Result<Connects> {

@@ -16,7 +16,8 @@ use whydrop_tests::tallies::{self, Dns};
 use whydrop_tests::unanswered::{self, Unanswered, timeouts};
 
 on_both_families!(
-    near_resolvers,
+    own_loopback,
+    node_local,
     behind_a_service,
     service_of_its_own,
     elsewhere_behind_a_service,
@@ -29,45 +30,51 @@ const TIMEOUT_ARGUMENT: &str = "800ms";
 /// Where the server of a Service listens.
 const REAL: u16 = 5353;
 
-/// A resolver on the client's own loopback, and one at an address of the node for all its pods.
-fn near_resolvers(family: Family) -> Result<()> {
-    let node_local = family.pick("169.254.20.10", "fd99::10");
+/// A resolver at any address of a host, asked from an address of the client.
+fn near(family: Family, host: Host, at: &str, from: Option<&str>) -> Result<()> {
     let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), |lab| {
         rules(lab, DNS)?;
         let (length, option) = family.pick((32, ""), (128, "nodad"));
-        let line = format!("ip addr add {node_local}/{length} dev lo {option}");
-        lab.run(Host::Router, &line).map(drop)
+        let line = format!("ip addr replace {at}/{length} dev lo {option}");
+        lab.run(host, &line).map(drop)
     })?;
     let (lab, agent) = (&scene.lab, scene.agent());
-    let loopback = SocketAddr::new(family.pick("127.0.0.1", "::1").parse()?, DNS);
-    let node_local = SocketAddr::new(node_local.parse()?, DNS);
-    let pod = lab.socket(Place::Of(Host::Client), family, 0);
+    let at = SocketAddr::new(at.parse()?, DNS);
+    let from = match from {
+        Some(address) => SocketAddr::new(address.parse()?, 0),
+        None => lab.socket(Place::Of(Host::Client), family, 0),
+    };
+    let _server = Server::start(lab, host, at)?;
+    let sockets = Sockets::open(lab, from, at)?;
+    let good = sockets.ask(id::FREE, "a")?;
+    all_answered(&sockets.hear(good.len())?, &good, NOERROR)?;
     let mut wanted = Vec::new();
-    for (host, at, from) in [
-        (Host::Client, loopback, SocketAddr::new(loopback.ip(), 0)),
-        (Host::Router, node_local, pod),
-    ] {
-        let _server = Server::start(lab, host, at)?;
-        let sockets = Sockets::open(lab, from, at)?;
-        let good = sockets.ask(0, "a")?;
-        all_answered(&sockets.hear(good.len())?, &good, NOERROR)?;
-        for (first, habit) in [(100, "ignore"), (id::BACK_INPUT, "b")] {
-            for one in sockets.ask(first, habit)? {
-                let unanswered = one.unanswered(DNS).to_any().hangs(one.since, TIMEOUT);
-                wanted.push(match first {
-                    id::BACK_INPUT => unanswered.reason(REASON),
-                    _ => unanswered,
-                });
-            }
+    for (first, habit) in [(id::FREE + 100, "ignore"), (id::BACK_INPUT, "b")] {
+        for one in sockets.ask(first, habit)? {
+            let unanswered = one.unanswered(DNS).to_any().hangs(one.since, TIMEOUT);
+            wanted.push(match first {
+                id::BACK_INPUT => unanswered.reason(REASON),
+                _ => unanswered,
+            });
         }
-        // What is asked must arrive before the server goes.
-        unanswered::wait(lab, agent, &wanted)?;
     }
     unanswered::expect(lab, agent, &wanted)?;
     let each = u64::from(EACH);
-    let counted = Dns::of(2 * each + wanted.len() as u64, &[("NOERROR", 2 * each)]);
+    let counted = Dns::of(each + wanted.len() as u64, &[("NOERROR", each)]);
     tallies::dns(lab, agent, "client", &counted)?;
     scene.finish()
+}
+
+/// A resolver on the client's own loopback.
+fn own_loopback(family: Family) -> Result<()> {
+    let loopback = family.pick("127.0.0.1", "::1");
+    near(family, Host::Client, loopback, Some(loopback))
+}
+
+/// A resolver of the node for all its pods, at an address that is no pod's.
+fn node_local(family: Family) -> Result<()> {
+    let at = family.pick("169.254.20.10", "fd99::10");
+    near(family, Host::Router, at, None)
 }
 
 /// A scene whose Service leads to a server at another port, chosen at a host's hook.

@@ -264,7 +264,9 @@ fn brief(error: &ProgramError) -> String {
     if let ProgramError::LoadError { io_error, .. } = error {
         return format!("the kernel refused the program: {io_error}");
     }
-    let causes = std::iter::successors(error.source(), |cause: &&dyn std::error::Error| (*cause).source());
+    let causes = std::iter::successors(error.source(), |cause: &&dyn std::error::Error| {
+        (*cause).source()
+    });
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
