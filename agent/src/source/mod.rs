@@ -9,6 +9,7 @@
 //! | `events.rs` | the ring buffer as a stream of events, and its clock |
 //! | `drain.rs` | the exact counts, generation by generation |
 //! | `attempts.rs` | connects and DNS queries that nobody answered |
+//! | `retry.rs` | attach later what could not be attached at start |
 //! | `symbols.rs` | address to function name |
 //! | `sys.rs` | the only `unsafe` of the agent |
 
@@ -19,5 +20,6 @@ pub mod drain;
 pub mod events;
 pub mod hooks;
 pub mod load;
+pub mod retry;
 pub mod symbols;
 pub mod sys;
