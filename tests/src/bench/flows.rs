@@ -255,7 +255,7 @@ pub fn objects(lab: &Lab) -> Value {
 
 /// One of the client's further addresses: the upper half of the lab's range, in which it has no
 /// subnets.
-fn source(lab: &Lab, family: Family, n: u16) -> IpAddr {
+pub(super) fn source(lab: &Lab, family: Family, n: u16) -> IpAddr {
     let [high, low] = lab.id().to_be_bytes();
     family.pick(
         Ipv4Addr::new(10, 64 + high, low, 128 + n as u8).into(),

@@ -5,8 +5,11 @@
 //! | [`exactness`] | `flood`, `overflow`: whether every drop is counted |
 //! | [`cost`] | `cost`, `sender`: what a drop costs |
 //! | [`passing`] | `passing`: what traffic costs that is not dropped |
+//! | [`quiet`] | `quiet`: what it costs with all sources on, by kind of traffic |
 //! | [`upkeep`] | `memory`, `idle`: what the agent takes by being there |
 //! | [`answers`] | `latency`, `scrape`: how soon it says what it knows |
+//! | [`silence`] | `silence`, `hang`: whether it tells what nobody answers, and how soon |
+//! | [`inflight`] | `inflight`: 100,000 connects that hang at once |
 //!
 //! What they share: [`report`] (tables, JSON), [`flows`] (traffic over many flows), [`watch`] (who
 //! watches the drops: nobody, a peer, bpftrace, the agent) and [`kernel`] (what the kernel says of
@@ -20,9 +23,12 @@ pub mod answers;
 pub mod cost;
 pub mod exactness;
 pub mod flows;
+pub mod inflight;
 pub mod kernel;
 pub mod passing;
+pub mod quiet;
 pub mod report;
+pub mod silence;
 pub mod upkeep;
 pub mod watch;
 
@@ -41,7 +47,7 @@ pub struct Benchmark {
 }
 
 /// All of them, in the order in which they run.
-pub const ALL: [Benchmark; 9] = [
+pub const ALL: [Benchmark; 13] = [
     Benchmark {
         name: "flood",
         about: "1,000,000 drops as fast as possible, over 5,000 flows, in each family",
@@ -86,5 +92,25 @@ pub const ALL: [Benchmark; 9] = [
         name: "scrape",
         about: "10,000 series scraped while drops go on",
         run: answers::scrape,
+    },
+    Benchmark {
+        name: "quiet",
+        about: "what traffic costs of which nothing is dropped, with all sources on",
+        run: quiet::quiet,
+    },
+    Benchmark {
+        name: "silence",
+        about: "2,000 connects and 5,000 DNS queries, a tenth of each unanswered for six reasons",
+        run: silence::silence,
+    },
+    Benchmark {
+        name: "hang",
+        about: "from the end of an attempt's time to its line",
+        run: silence::hang,
+    },
+    Benchmark {
+        name: "inflight",
+        about: "100,000 connects that hang at once",
+        run: inflight::inflight,
     },
 ];
