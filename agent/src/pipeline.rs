@@ -128,7 +128,9 @@ impl Pipeline {
                 index.purge(purged_at);
             }
             let index = self.state.index();
-            lock(&self.state.record).expire(now, |namespace, pod| index.pod_exists(namespace, pod));
+            let pod_exists = |namespace: &_, pod: &_| index.pod_exists(namespace, pod);
+            lock(&self.state.record).expire(now, pod_exists);
+            lock(&self.state.listen_drops).expire(now, pod_exists);
         }
     }
 

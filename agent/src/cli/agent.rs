@@ -4,6 +4,7 @@
 //! drain thread ──counts (bounded)──┐
 //! ring buffer ──────events─────────┴─► pipeline task ─► State ◄── HTTP servers (one task each)
 //! objects thread ──changes (bounded)──────────────────► index
+//! accept-queues thread ──counters of namespaces───────► State
 //! ```
 
 use std::process::ExitCode;
@@ -20,13 +21,17 @@ use crate::cli::config::{AgentArgs, Labels};
 use crate::cluster::files::{self, Files};
 use crate::decode::classify::is_always_benign;
 use crate::decode::{Decoder, Names};
+use crate::enrich;
 use crate::output::http;
 use crate::output::socket::LocalSocket;
 use crate::pipeline::{Pipeline, missed_drops};
+use crate::record::listen::Lost;
 use crate::record::{Detail, Record};
+use crate::source::accept_queues::{Counts, Settled};
 use crate::source::drain::{Drained, Drainer, Setup, Totals};
 use crate::source::events::{Events, WallClock, pollable};
 use crate::source::load::{self, Loaded};
+use crate::source::namespaces::Namespace;
 use crate::source::symbols::Locator;
 use crate::source::sys;
 use crate::state::{MapStatus, ProgramStatus, State};
@@ -88,6 +93,8 @@ async fn serve(args: AgentArgs) -> Result<()> {
             .await
             .context("loading the programs failed")??;
     let (observer, ebpf) = Observer::start(&state, loaded, log)?;
+    // Dropping it ends the thread.
+    let _accept_queues = watch_accept_queues(state.clone())?;
     sys::release_free_memory();
     let servers = [
         tokio::spawn(http::serve_metrics(
@@ -156,6 +163,44 @@ fn write_index<T>(state: &State, change: impl FnOnce(&mut crate::cluster::Index)
     change(&mut index)
 }
 
+/// Counts connections lost to full accept queues on a thread that ends when the sender is dropped.
+fn watch_accept_queues(state: Arc<State>) -> Result<std::sync::mpsc::Sender<()>> {
+    let (running, stop) = std::sync::mpsc::channel();
+    let settle = {
+        let state = state.clone();
+        move |namespace: &Namespace, counts: Counts, is_last: bool| {
+            let pod = match namespace.host {
+                true => None,
+                false => enrich::pod_of_namespace(
+                    namespace.pod.as_ref(),
+                    &namespace.addresses,
+                    &state.index(),
+                    Timestamp::now(),
+                ),
+            };
+            let is_named = namespace.host || pod.is_some();
+            if !is_named && !is_last {
+                return Settled::Later;
+            }
+            // One that is in no pod's cgroup and has no pod's address is no pod's.
+            if is_named || namespace.pod.is_some() {
+                let Counts { overflows, drops } = counts;
+                let lost = Lost { overflows, drops };
+                lock(&state.listen_drops).add(pod.as_ref(), lost, Instant::now());
+            }
+            Settled::Done
+        }
+    };
+    std::thread::Builder::new()
+        .name("accept-queues".to_owned())
+        .spawn(move || {
+            let status = |now| state.set_source(now);
+            state.accept_queues.run(&stop, settle, status);
+        })
+        .context("cannot start reading the accept queues")?;
+    Ok(running)
+}
+
 /// The pipeline with its two inputs.
 struct Observer {
     state: Arc<State>,
@@ -183,13 +228,6 @@ impl Observer {
         }
         let mut locator = Locator::new();
         sources.push(locator.status());
-        for source in sources.iter().filter(|s| !s.up) {
-            let (why, lost) = (
-                source.why.as_deref().unwrap_or(""),
-                source.lost.unwrap_or(""),
-            );
-            tracing::warn!(source = source.source, why, lost, "a source does not work");
-        }
         let knows_neighbours = sources.iter().any(|s| s.source == "neighbour" && s.up);
         let benign = reasons
             .iter()
@@ -198,10 +236,9 @@ impl Observer {
         let benign = benign
             .filter(|n| (*n as usize) < whydrop_ebpf::REASONS)
             .collect();
-        *lock(&state.status) = crate::state::Status {
-            sources,
-            ..Default::default()
-        };
+        for source in sources {
+            state.set_source(source);
+        }
 
         let (sender, drained) = mpsc::channel(DRAINED_QUEUE);
         let setup = Setup {
