@@ -17,12 +17,13 @@ use whydrop_ebpf::attempt::{
 };
 use whydrop_ebpf::{DropEvent, FlowCount, FlowKey, KIND_ANSWER, OverflowKey};
 
+use crate::cluster::PodUid;
 use crate::decode::attempt::Attempt;
 use crate::decode::classify::Class;
 use crate::decode::late::{Late, Settled};
 use crate::decode::{self, Decoder};
-use crate::enrich::{enrich, enrich_attempt};
-use crate::event::{Cause, Endpoint, Event, Kind, Line, Lost, LostStage, Outcome};
+use crate::enrich::{enrich, enrich_attempt, name_host_network_pod};
+use crate::event::{Cause, Endpoint, EndpointKind, Event, Kind, Line, Lost, LostStage, Outcome};
 use crate::senders::{ConnectResult, What};
 use crate::source::attempts::{Found, Unanswered};
 use crate::source::drain::{Drained, Totals};
@@ -47,10 +48,14 @@ struct Fates {
     rejected: u64,
 }
 
+/// From a cgroup's id to the pod that it belongs to.
+pub type PodOfCgroup = Box<dyn FnMut(u64) -> Option<PodUid> + Send>;
+
 /// The stages with what they remember.
 pub struct Pipeline {
     state: Arc<State>,
     decoder: Decoder,
+    pod_of_cgroup: PodOfCgroup,
     late: Late,
     /// Packets that had an event of their own, by the generation that counts them; two or three.
     said: BTreeMap<u64, HashMap<FlowKey, Fates>>,
@@ -62,10 +67,16 @@ pub struct Pipeline {
 
 impl Pipeline {
     /// `knows_neighbours`: see [`Late::new`].
-    pub fn new(state: Arc<State>, decoder: Decoder, knows_neighbours: bool) -> Self {
+    pub fn new(
+        state: Arc<State>,
+        decoder: Decoder,
+        pod_of_cgroup: PodOfCgroup,
+        knows_neighbours: bool,
+    ) -> Self {
         Self {
             state,
             decoder,
+            pod_of_cgroup,
             late: Late::new(knows_neighbours),
             said: BTreeMap::new(),
             unsaid: HashMap::new(),
@@ -133,10 +144,21 @@ impl Pipeline {
         }
     }
 
-    /// One attempt that nobody answered; `is_connect` if it is one of a socket of this kernel, whose
+    /// One attempt that nobody answered; `is_own` if it is one of a socket of this kernel, whose
     /// connects are counted by their result.
     fn attempt(&mut self, attempt: Attempt, at: Timestamp, is_own: bool, now: Instant) {
-        let event = enrich_attempt(attempt, at, &self.state.index(), &self.state.node);
+        let cgroup = attempt.cgroup;
+        let began = now.checked_sub(attempt.waited).unwrap_or(now);
+        let mut event = enrich_attempt(attempt, at, &self.state.index(), &self.state.node);
+        self.name_by_cgroup(&mut event.source, cgroup);
+        // A full accept queue drops without a trace but its namespace's counter.
+        if event.cause == Some(Cause::Elsewhere)
+            && event.kind == Kind::Syn
+            && let Some(ip) = event.destination.ip
+            && self.state.accept_queues.overflowed_since(ip, began)
+        {
+            event.cause = Some(Cause::DroppedHere);
+        }
         let cause = event.cause.unwrap_or(Cause::Elsewhere);
         lock(&self.state.record).add_unanswered(&event, cause, now);
         if is_own && event.kind == Kind::Syn {
@@ -146,10 +168,17 @@ impl Pipeline {
         self.state.stream.publish(Arc::new(Line::Event(event)));
     }
 
+    /// Names a pod of the node's own network, which its address does not tell.
+    fn name_by_cgroup(&mut self, end: &mut Endpoint, cgroup: Option<u64>) {
+        if end.kind == Some(EndpointKind::Node)
+            && let Some(uid) = cgroup.and_then(|id| (self.pod_of_cgroup)(id))
+        {
+            name_host_network_pod(end, &uid, &self.state.index());
+        }
+    }
+
     /// What became of attempts in a generation, by who made them.
-    fn record_tallies(&self, drained: &Drained, now: Instant) {
-        let index = self.state.index();
-        let mut senders = lock(&self.state.senders);
+    fn record_tallies(&mut self, drained: &Drained, now: Instant) {
         for (key, tally) in &drained.tallies {
             let Some(what) = tallied(key.what, key.detail, key.bucket) else {
                 continue;
@@ -158,7 +187,9 @@ impl Pipeline {
                 ip: Some(decode::address(&key.source, key.ip_version)),
                 ..Endpoint::default()
             };
-            index.name(&mut sender, None, drained.until);
+            self.state.index().name(&mut sender, None, drained.until);
+            self.name_by_cgroup(&mut sender, (key.cgroup != 0).then_some(key.cgroup));
+            let mut senders = lock(&self.state.senders);
             senders.add(&sender, what, tally.count, tally.sum_ns, now);
         }
     }
@@ -188,9 +219,10 @@ impl Pipeline {
                 index.purge(purged_at);
             }
             let index = self.state.index();
-            lock(&self.state.record).expire(now, |namespace, pod| index.pod_exists(namespace, pod));
-            lock(&self.state.senders)
-                .expire(now, |namespace, pod| index.pod_exists(namespace, pod));
+            let pod_exists = |namespace: &_, pod: &_| index.pod_exists(namespace, pod);
+            lock(&self.state.record).expire(now, pod_exists);
+            lock(&self.state.senders).expire(now, pod_exists);
+            lock(&self.state.listen_drops).expire(now, pod_exists);
         }
     }
 

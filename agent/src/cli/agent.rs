@@ -5,11 +5,13 @@
 //! attempts thread ──unanswered──────┤
 //! ring buffer ──────events─────────┴─► pipeline task ─► State ◄── HTTP servers (one task each)
 //! objects thread ──changes (bounded)──────────────────► index
+//! accept-queues thread ──counters of namespaces───────► State
 //! ```
 
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -21,16 +23,23 @@ use crate::cli::config::{AgentArgs, AutoOff, Labels, OnOff};
 use crate::cluster::files::{self, Files};
 use crate::decode::classify::is_always_benign;
 use crate::decode::{Decoder, Names};
+use crate::enrich;
 use crate::output::http;
 use crate::output::socket::LocalSocket;
 use crate::pipeline::{Pipeline, missed_drops};
+use crate::record::listen::Lost;
 use crate::record::{Detail, Record};
 use crate::senders::Senders;
+use crate::source::accept_queues::{Counts, Settled};
 use crate::source::attempts::{self, Found};
 use crate::source::budget::Budget;
+use crate::source::cgroups::Cgroups;
 use crate::source::drain::{Drained, Drainer, Setup, Totals};
 use crate::source::events::{Events, WallClock, pollable};
+use crate::source::hooks;
 use crate::source::load::{self, Loaded};
+use crate::source::namespaces::Namespace;
+use crate::source::retry::{self, Attached};
 use crate::source::symbols::Locator;
 use crate::source::sys;
 use crate::state::{MapStatus, ProgramStatus, State};
@@ -102,8 +111,10 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let loaded = tokio::task::spawn_blocking(move || load::load(options))
         .await
         .context("loading the programs failed")??;
-    let (observer, ebpf) = Observer::start(&state, loaded, &options)?;
+    let (observer, hooks) = Observer::start(&state, loaded, &options)?;
     let stop_looking = observer.stop_looking.clone();
+    // Dropping it ends the thread.
+    let _accept_queues = watch_accept_queues(state.clone())?;
     sys::release_free_memory();
     let servers = [
         tokio::spawn(http::serve_metrics(
@@ -161,7 +172,8 @@ async fn serve(args: AgentArgs) -> Result<()> {
         }
     };
     drop(tokio::time::timeout(Duration::from_millis(300), all_ended).await);
-    drop(ebpf);
+    // It looks five times a second whether it is to end; what it owns is then dropped, so detached.
+    drop(hooks.join());
     Ok(())
 }
 
@@ -171,6 +183,44 @@ fn write_index<T>(state: &State, change: impl FnOnce(&mut crate::cluster::Index)
         .write()
         .unwrap_or_else(std::sync::PoisonError::into_inner);
     change(&mut index)
+}
+
+/// Counts connections lost to full accept queues on a thread that ends when the sender is dropped.
+fn watch_accept_queues(state: Arc<State>) -> Result<std::sync::mpsc::Sender<()>> {
+    let (running, stop) = std::sync::mpsc::channel();
+    let settle = {
+        let state = state.clone();
+        move |namespace: &Namespace, counts: Counts, is_last: bool| {
+            let pod = match namespace.host {
+                true => None,
+                false => enrich::pod_of_namespace(
+                    namespace.pod.as_ref(),
+                    &namespace.addresses,
+                    &state.index(),
+                    Timestamp::now(),
+                ),
+            };
+            let is_named = namespace.host || pod.is_some();
+            if !is_named && !is_last {
+                return Settled::Later;
+            }
+            // One that is in no pod's cgroup and has no pod's address is no pod's.
+            if is_named || namespace.pod.is_some() {
+                let Counts { overflows, drops } = counts;
+                let lost = Lost { overflows, drops };
+                lock(&state.listen_drops).add(pod.as_ref(), lost, Instant::now());
+            }
+            Settled::Done
+        }
+    };
+    std::thread::Builder::new()
+        .name("accept-queues".to_owned())
+        .spawn(move || {
+            let status = |now| state.set_source(now);
+            state.accept_queues.run(&stop, settle, status);
+        })
+        .context("cannot start reading the accept queues")?;
+    Ok(running)
 }
 
 /// The pipeline with its two inputs.
@@ -185,12 +235,12 @@ struct Observer {
 }
 
 impl Observer {
-    /// Starts observing. The eBPF object must be kept: dropping it detaches the programs.
+    /// Starts observing. The thread that is returned owns the programs.
     fn start(
         state: &Arc<State>,
         loaded: Loaded,
         options: &load::Options,
-    ) -> Result<(Self, aya::Ebpf)> {
+    ) -> Result<(Self, JoinHandle<aya::Ebpf>)> {
         let Loaded {
             mut ebpf,
             maps,
@@ -201,19 +251,17 @@ impl Observer {
             has_reasons,
             budget,
             programs,
+            missing,
         } = loaded;
         if options.log {
             forward_messages(&mut ebpf)?;
         }
         let mut locator = Locator::new();
         sources.push(locator.status());
-        for source in sources.iter().filter(|s| !s.up) {
-            let (why, lost) = (
-                source.why.as_deref().unwrap_or(""),
-                source.lost.unwrap_or(""),
-            );
-            tracing::warn!(source = source.source, why, lost, "a source does not work");
-        }
+        let mut cgroups = Cgroups::open();
+        sources.push(cgroups.status());
+        let is_dns_watched = sources.iter().any(|s| s.source == hooks::DNS && s.up);
+        let is_dns_watched = Arc::new(AtomicBool::new(is_dns_watched));
         let knows_neighbours = sources.iter().any(|s| s.source == "neighbour" && s.up);
         let benign = reasons
             .iter()
@@ -222,10 +270,9 @@ impl Observer {
         let benign = benign
             .filter(|n| (*n as usize) < whydrop_ebpf::REASONS)
             .collect();
-        *lock(&state.status) = crate::state::Status {
-            sources,
-            ..Default::default()
-        };
+        for source in sources {
+            state.set_source(source);
+        }
 
         let (sender, found) = mpsc::channel(FOUND_QUEUE);
         let stop_looking = Arc::new(AtomicBool::new(false));
@@ -239,9 +286,32 @@ impl Observer {
             syn_timeout: options.syn_timeout,
             dns_timeout: options.dns_timeout,
             queries: budget.queries,
+            is_dns_watched: is_dns_watched.clone(),
         };
         attempts::start(looking, stop_looking.clone(), sender)
             .context("cannot start looking for unanswered attempts")?;
+
+        let programs = Arc::new(Mutex::new(programs));
+        let attached = {
+            let (state, programs) = (state.clone(), programs.clone());
+            move |attached: Attached| {
+                tracing::info!(source = attached.status.source, "a source works now");
+                if attached.status.source == hooks::DNS {
+                    is_dns_watched.store(true, Ordering::Relaxed);
+                }
+                state.set_source(attached.status);
+                let program = attached.program.to_owned();
+                lock(&programs).extend(attached.fd.map(|fd| (program, fd)));
+            }
+        };
+        let hooks = retry::start(
+            ebpf,
+            missing,
+            options.attach,
+            stop_looking.clone(),
+            attached,
+        )
+        .context("cannot start the thread that owns the programs")?;
 
         let (sender, drained) = mpsc::channel(DRAINED_QUEUE);
         let setup = Setup {
@@ -264,14 +334,19 @@ impl Observer {
         Ok((
             Self {
                 state: state.clone(),
-                pipeline: Pipeline::new(state.clone(), decoder, knows_neighbours),
+                pipeline: Pipeline::new(
+                    state.clone(),
+                    decoder,
+                    Box::new(move |id| cgroups.pod_uid(id)),
+                    knows_neighbours,
+                ),
                 events: Events::new(events)?,
                 drained,
                 found,
                 stop_looking,
                 budget,
             },
-            ebpf,
+            hooks,
         ))
     }
 

@@ -12,6 +12,7 @@ use prometheus_client::registry::Registry;
 use whydrop_ebpf::attempt::LATENCY_BUCKETS_NS;
 
 use crate::event::{LostStage, Outcome};
+use crate::record::listen::{Listener, Lost};
 use crate::record::{End, Pair, Series, Snapshot};
 use crate::senders::{ConnectResult, Counts, Sender, rcode_name};
 use crate::state::{State, Status};
@@ -84,8 +85,17 @@ impl Collector for Metrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let state = &*self.0;
         let snapshot = lock(&state.record).snapshot();
-        drops(&mut encoder, &snapshot)?;
-        let senders = lock(&state.senders).snapshot();
+        let (listeners, listen_overflow) = {
+            let listen_drops = lock(&state.listen_drops);
+            (listen_drops.snapshot(), listen_drops.overflow())
+        };
+        let (senders, senders_overflow) = {
+            let senders = lock(&state.senders);
+            (senders.snapshot(), senders.overflow())
+        };
+        let other_overflow = listen_overflow + senders_overflow;
+        drops(&mut encoder, &snapshot, other_overflow)?;
+        listen_drops(&mut encoder, &listeners)?;
         attempts(&mut encoder, &senders)?;
         losses(&mut encoder, state)?;
         sources(&mut encoder, &lock(&state.status))?;
@@ -110,8 +120,12 @@ impl Collector for Metrics {
     }
 }
 
-/// What was dropped.
-fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Snapshot) -> fmt::Result {
+/// What was dropped. `other_overflow` is what the other counters had no series for.
+fn drops(
+    encoder: &mut DescriptorEncoder<'_>,
+    record: &Snapshot,
+    other_overflow: u64,
+) -> fmt::Result {
     for (outcome, named) in [
         (
             Outcome::Dropped,
@@ -175,9 +189,10 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Snapshot) -> fmt::Result 
         encoder,
         (
             "whydrop_series_overflow",
-            "Packets counted under __other__ because --max-series was reached",
+            "Packets, attempts and lost connections counted under __other__ because --max-series was \
+             reached",
         ),
-        [(Vec::new(), record.overflow_packets)],
+        [(Vec::new(), record.overflow_packets + other_overflow)],
     )?;
     counters(
         encoder,
@@ -192,6 +207,41 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Snapshot) -> fmt::Result 
                 record.expired_packets.get(&outcome).copied().unwrap_or(0),
             )
         }),
+    )
+}
+
+/// What no drop shows: connections lost to full accept queues.
+fn listen_drops(
+    encoder: &mut DescriptorEncoder<'_>,
+    listeners: &[(Listener, Lost)],
+) -> fmt::Result {
+    let rows = listeners.iter().flat_map(|(listener, lost)| {
+        let names = match listener {
+            Listener::Known {
+                namespace,
+                pod,
+                workload,
+            } => [namespace, pod, workload].map(text),
+            Listener::Other => ["__other__"; 3].map(Cow::from),
+        };
+        lost.stats().map(|(stat, value)| {
+            let names = ["namespace", "pod", "workload"]
+                .into_iter()
+                .zip(names.clone());
+            let mut labels: Labels<'_> = names.collect();
+            labels.push(("stat", stat.into()));
+            (labels, value)
+        })
+    });
+    counters(
+        encoder,
+        (
+            "whydrop_listen_drops",
+            "Connections lost to a full accept queue, which no drop shows: the kernel's \
+             ListenOverflows and ListenDrops of each pod's network namespace; without names those \
+             of the node's own, and of pods that are not known",
+        ),
+        rows,
     )
 }
 

@@ -78,6 +78,8 @@ pub struct Setup {
     pub dns_timeout: Duration,
     /// Queries that fit into their map.
     pub queries: u32,
+    /// Whether answers to DNS queries are seen; it can begin later.
+    pub is_dns_watched: Arc<AtomicBool>,
 }
 
 /// Starts the thread; it ends when `stop` is set, or when nobody receives any more.
@@ -130,10 +132,7 @@ impl Sweeper {
         Self {
             syn_timeout_ns: nanoseconds(setup.syn_timeout),
             dns_timeout_ns: nanoseconds(setup.dns_timeout),
-            swept: Swept {
-                is_dns_watched: u64::from(setup.maps.is_dns_watched),
-                ..Swept::default()
-            },
+            swept: Swept::default(),
             setup,
             connects_due_ns: 0,
             queries_due_ns: 0,
@@ -151,6 +150,9 @@ impl Sweeper {
             boot_ns: now,
             ..Found::default()
         };
+        if self.swept.is_dns_watched == 0 && self.setup.is_dns_watched.load(Ordering::Relaxed) {
+            found.error = self.write_swept().err();
+        }
         match self.counts() {
             Ok(counts) => {
                 let result = self.look_at_connects(now, &counts, &mut found);
@@ -160,7 +162,7 @@ impl Sweeper {
                     || counts.ended_lost != self.counts.ended_lost;
                 self.counts = counts;
                 found.counts = counts;
-                found.error = result.err();
+                found.error = found.error.or(result.err());
                 if found.unanswered.is_empty()
                     && found.abandoned.is_empty()
                     && found.error.is_none()
@@ -366,6 +368,7 @@ impl Sweeper {
     }
 
     fn write_swept(&mut self) -> Result<(), String> {
+        self.swept.is_dns_watched = self.setup.is_dns_watched.load(Ordering::Relaxed).into();
         let swept = Plain(self.swept);
         let set = self.setup.maps.swept.set(0, swept, 0);
         set.map_err(|e| format!("cannot tell the programs how far was looked: {e}"))

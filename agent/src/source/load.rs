@@ -59,8 +59,6 @@ pub struct AttemptMaps {
     pub swept: Array<MapData, Plain<Swept>>,
     /// Each CPU's own counts, once more: another thread reads them.
     pub counts: PerCpuArray<MapData, Plain<PerCpu>>,
-    /// Answers to DNS queries are seen, so queries may be noted.
-    pub is_dns_watched: bool,
 }
 
 /// What stays open as long as the agent observes; dropping it detaches everything.
@@ -83,6 +81,8 @@ pub struct Loaded {
     pub budget: Budget,
     /// File descriptors of the attached programs, by name.
     pub programs: Vec<(String, std::os::fd::OwnedFd)>,
+    /// Sources whose hook this kernel did not take, and may take later.
+    pub missing: Vec<&'static str>,
 }
 
 /// What the programs are loaded with.
@@ -130,6 +130,7 @@ pub fn load(options: Options) -> Result<Loaded> {
 
     let mut sources = Vec::new();
     let mut programs = Vec::new();
+    let mut missing = Vec::new();
     for hook in &hooks::HOOKS {
         let off = match hook.source {
             hooks::CONNTRACK_DEATHS if !options.conntrack => {
@@ -146,6 +147,7 @@ pub fn load(options: Options) -> Result<Loaded> {
             )),
             _ => None,
         };
+        let is_off = off.is_some();
         let result = off.map_or_else(
             || hooks::attach(&mut ebpf, hook, options.attach, Some(&btf)),
             Err,
@@ -160,6 +162,9 @@ pub fn load(options: Options) -> Result<Loaded> {
             && let Some(fd) = hooks::program_fd(&ebpf, attached.program)
         {
             programs.push((attached.program.to_owned(), fd));
+        }
+        if result.is_err() && !is_off {
+            missing.push(hook.source);
         }
         sources.push(hook.status(result.map(|attached| attached.hook)));
     }
@@ -201,11 +206,6 @@ pub fn load(options: Options) -> Result<Loaded> {
         tallies: [map_fd(&tallies[0])?, map_fd(&tallies[1])?],
         tallies_other: PerCpuArray::try_from(take(&mut ebpf, "TALLIES_OTHER")?)?,
     };
-    let is_up = |name| {
-        sources
-            .iter()
-            .any(|s: &SourceStatus| s.source == name && s.up)
-    };
     let attempts = AttemptMaps {
         connects: map_fd(&take(&mut ebpf, "CONNECTS")?)?,
         ended: map_fd(&take(&mut ebpf, "ENDED")?)?,
@@ -213,7 +213,6 @@ pub fn load(options: Options) -> Result<Loaded> {
         forgotten: Array::try_from(take(&mut ebpf, "QUERIES_FORGOTTEN")?)?,
         swept: Array::try_from(take(&mut ebpf, "SWEPT")?)?,
         counts: PerCpuArray::try_from(Map::PerCpuArray(MapData::from_fd(counts)?))?,
-        is_dns_watched: is_up(hooks::DNS),
     };
     let events = RingBuf::try_from(take(&mut ebpf, "EVENTS")?)?;
     Ok(Loaded {
@@ -226,6 +225,7 @@ pub fn load(options: Options) -> Result<Loaded> {
         has_reasons,
         budget,
         programs,
+        missing,
     })
 }
 
