@@ -12,6 +12,7 @@
 
 pub mod btf;
 pub mod budget;
+pub mod conntrack;
 pub mod drain;
 pub mod events;
 pub mod load;
