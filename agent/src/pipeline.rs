@@ -6,8 +6,9 @@
 //! packets of the lines add up to the counters.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::net::IpAddr;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -21,11 +22,12 @@ use crate::cluster::PodUid;
 use crate::decode::attempt::Attempt;
 use crate::decode::classify::Class;
 use crate::decode::late::{Late, Settled};
-use crate::decode::{self, Decoder};
+use crate::decode::{self, Decoder, Flow};
 use crate::enrich::{enrich, enrich_attempt, name_host_network_pod};
 use crate::event::{Cause, Endpoint, EndpointKind, Event, Kind, Line, Lost, LostStage, Outcome};
 use crate::senders::{ConnectResult, What};
 use crate::source::attempts::{Found, Unanswered};
+use crate::source::conntrack::{LocalTuples, Tuple};
 use crate::source::drain::{Drained, Totals};
 use crate::state::State;
 use crate::sync::lock;
@@ -51,11 +53,23 @@ struct Fates {
 /// From a cgroup's id to the pod that it belongs to.
 pub type PodOfCgroup = Box<dyn FnMut(u64) -> Option<PodUid> + Send>;
 
+/// From a flow as its socket sees it to where its packets really go.
+pub type RealDestination = Box<dyn FnMut(&Flow) -> Option<(IpAddr, u16)> + Send>;
+
+/// What the pipeline has to do with conntrack.
+pub struct Conntrack {
+    /// Attempts of this kernel's sockets, which conntrack must not count as well.
+    pub local: Arc<Mutex<LocalTuples>>,
+    /// Where DNAT sends a connection.
+    pub destination: RealDestination,
+}
+
 /// The stages with what they remember.
 pub struct Pipeline {
     state: Arc<State>,
     decoder: Decoder,
     pod_of_cgroup: PodOfCgroup,
+    conntrack: Conntrack,
     late: Late,
     /// Packets that had an event of their own, by the generation that counts them; two or three.
     said: BTreeMap<u64, HashMap<FlowKey, Fates>>,
@@ -71,12 +85,14 @@ impl Pipeline {
         state: Arc<State>,
         decoder: Decoder,
         pod_of_cgroup: PodOfCgroup,
+        conntrack: Conntrack,
         knows_neighbours: bool,
     ) -> Self {
         Self {
             state,
             decoder,
             pod_of_cgroup,
+            conntrack,
             late: Late::new(knows_neighbours),
             said: BTreeMap::new(),
             unsaid: HashMap::new(),
@@ -133,14 +149,39 @@ impl Pipeline {
             status.attempts = found.counts;
             status.doubtful_connects += found.doubtful;
         }
+        for connect in &found.abandoned {
+            let flow = self.decoder.connect(connect, found.boot_ns, &wall).flow;
+            self.note_local(&flow, now);
+        }
         for unanswered in &found.unanswered {
-            let attempt = match unanswered {
+            let mut attempt = match unanswered {
                 Unanswered::Connect(c) => self.decoder.connect(c, found.boot_ns, &wall),
                 Unanswered::Query(key, query) => {
                     self.decoder.query(key, query, found.boot_ns, &wall)
                 }
             };
+            self.note_local(&attempt.flow, now);
+            // A packet that was dropped here has told where it went.
+            if attempt.drop.is_none()
+                && let Some(real) = (self.conntrack.destination)(&attempt.flow)
+            {
+                attempt.flow = attempt.flow.translated_to(real);
+            }
             self.attempt(attempt, wall(found.boot_ns), true, now);
+        }
+    }
+
+    /// What conntrack found: attempts whose sender is no socket of this kernel.
+    pub fn forwarded(&mut self, attempts: Vec<Attempt>, at: Timestamp, now: Instant) {
+        for attempt in attempts {
+            self.attempt(attempt, at, false, now);
+        }
+    }
+
+    /// An attempt of a socket of this kernel: conntrack may have it as well.
+    fn note_local(&self, flow: &Flow, now: Instant) {
+        if let Some(tuple) = Tuple::asked(flow) {
+            lock(&self.conntrack.local).insert(tuple, now);
         }
     }
 

@@ -13,6 +13,7 @@ use crate::record::listen::ListenDrops;
 use crate::record::{Pair, Record};
 use crate::senders::Senders;
 use crate::source::accept_queues::AcceptQueues;
+use crate::source::conntrack;
 use crate::source::drain::Drainer;
 use crate::source::load::SourceStatus;
 use crate::sync::lock;
@@ -73,11 +74,22 @@ pub struct Status {
     pub limited_cpu: u64,
     /// What the programs counted of attempts.
     pub attempts: AttemptCpu,
+    /// What the conntrack source has done.
+    pub conntrack: conntrack::Totals,
     /// Connects that were not told of because it was not sure that they still waited.
     pub doubtful_connects: u64,
 }
 
 impl Status {
+    /// Forwarded attempts that conntrack shows and nobody is told of, because there was no room to
+    /// follow them or to know whether they are counted already, or because events were lost.
+    pub fn lost_forwarded(&self) -> u64 {
+        self.conntrack.withheld
+            + self.conntrack.untracked
+            + self.conntrack.overruns
+            + self.attempts.died_lost
+    }
+
     /// Connects that are not counted by their result: there was no room for them, or it was not sure
     /// that they still waited.
     pub fn lost_connects(&self) -> u64 {
@@ -245,6 +257,7 @@ impl State {
                 "answer": status.answers_lost,
                 "connects": status.lost_connects(),
                 "dns": status.attempts.queries_lost,
+                "conntrack": status.lost_forwarded(),
                 "queue": self.stream.lost(crate::event::LostStage::Queue),
                 "reader": self.stream.lost(crate::event::LostStage::Reader),
             },

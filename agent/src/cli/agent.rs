@@ -5,6 +5,7 @@
 //! attempts thread ──unanswered──────┤
 //! ring buffer ──────events─────────┴─► pipeline task ─► State ◄── HTTP servers (one task each)
 //! objects thread ──changes (bounded)──────────────────► index
+//! conntrack thread ──forwarded attempts (bounded)──────► pipeline task
 //! accept-queues thread ──counters of namespaces───────► State
 //! ```
 
@@ -20,17 +21,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::cli::config::{AgentArgs, AutoOff, Labels, OnOff};
+use crate::cli::sources::{self, Forwarded};
 use crate::cluster::files::{self, Files};
 use crate::decode::classify::is_always_benign;
 use crate::decode::{Decoder, Names};
-use crate::enrich;
 use crate::output::http;
 use crate::output::socket::LocalSocket;
 use crate::pipeline::{Pipeline, missed_drops};
-use crate::record::listen::Lost;
 use crate::record::{Detail, Record};
 use crate::senders::Senders;
-use crate::source::accept_queues::{Counts, Settled};
 use crate::source::attempts::{self, Found};
 use crate::source::budget::Budget;
 use crate::source::cgroups::Cgroups;
@@ -38,7 +37,6 @@ use crate::source::drain::{Drained, Drainer, Setup, Totals};
 use crate::source::events::{Events, WallClock, pollable};
 use crate::source::hooks;
 use crate::source::load::{self, Loaded};
-use crate::source::namespaces::Namespace;
 use crate::source::retry::{self, Attached};
 use crate::source::symbols::Locator;
 use crate::source::sys;
@@ -114,7 +112,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let (observer, hooks) = Observer::start(&state, loaded, &options)?;
     let stop_looking = observer.stop_looking.clone();
     // Dropping it ends the thread.
-    let _accept_queues = watch_accept_queues(state.clone())?;
+    let _accept_queues = sources::watch_accept_queues(state.clone())?;
     sys::release_free_memory();
     let servers = [
         tokio::spawn(http::serve_metrics(
@@ -185,44 +183,6 @@ fn write_index<T>(state: &State, change: impl FnOnce(&mut crate::cluster::Index)
     change(&mut index)
 }
 
-/// Counts connections lost to full accept queues on a thread that ends when the sender is dropped.
-fn watch_accept_queues(state: Arc<State>) -> Result<std::sync::mpsc::Sender<()>> {
-    let (running, stop) = std::sync::mpsc::channel();
-    let settle = {
-        let state = state.clone();
-        move |namespace: &Namespace, counts: Counts, is_last: bool| {
-            let pod = match namespace.host {
-                true => None,
-                false => enrich::pod_of_namespace(
-                    namespace.pod.as_ref(),
-                    &namespace.addresses,
-                    &state.index(),
-                    Timestamp::now(),
-                ),
-            };
-            let is_named = namespace.host || pod.is_some();
-            if !is_named && !is_last {
-                return Settled::Later;
-            }
-            // One that is in no pod's cgroup and has no pod's address is no pod's.
-            if is_named || namespace.pod.is_some() {
-                let Counts { overflows, drops } = counts;
-                let lost = Lost { overflows, drops };
-                lock(&state.listen_drops).add(pod.as_ref(), lost, Instant::now());
-            }
-            Settled::Done
-        }
-    };
-    std::thread::Builder::new()
-        .name("accept-queues".to_owned())
-        .spawn(move || {
-            let status = |now| state.set_source(now);
-            state.accept_queues.run(&stop, settle, status);
-        })
-        .context("cannot start reading the accept queues")?;
-    Ok(running)
-}
-
 /// The pipeline with its two inputs.
 struct Observer {
     state: Arc<State>,
@@ -230,6 +190,7 @@ struct Observer {
     events: Events,
     drained: mpsc::Receiver<Drained>,
     found: mpsc::Receiver<Found>,
+    forwarded: Forwarded,
     stop_looking: Arc<AtomicBool>,
     budget: Budget,
 }
@@ -324,6 +285,7 @@ impl Observer {
         // The state is new, so nobody has set it.
         let _ = state.drainer.set(drainer);
         state.observing.store(true, Ordering::Relaxed);
+        let (forwarded, conntrack) = sources::watch_conntrack(state, options)?;
         let decoder = Decoder::new(
             Names {
                 reasons,
@@ -338,11 +300,13 @@ impl Observer {
                     state.clone(),
                     decoder,
                     Box::new(move |id| cgroups.pod_uid(id)),
+                    conntrack,
                     knows_neighbours,
                 ),
                 events: Events::new(events)?,
                 drained,
                 found,
+                forwarded,
                 stop_looking,
                 budget,
             },
@@ -376,8 +340,20 @@ impl Observer {
                     let wall = |boot_ns| clock.at(boot_ns);
                     self.pipeline.unanswered(&found, wall, Instant::now());
                 }
-                _ = tick.tick() => self.pipeline.tick(Instant::now()),
+                Some(attempts) = self.forwarded.attempts.recv() => {
+                    self.pipeline.forwarded(attempts, Timestamp::now(), Instant::now());
+                }
+                _ = tick.tick() => {
+                    self.pipeline.tick(Instant::now());
+                    if let Some(conntrack) = &self.forwarded.source {
+                        self.state.set_source(conntrack.status());
+                        lock(&self.state.status).conntrack = conntrack.totals();
+                    }
+                }
             }
+        }
+        if let Some(conntrack) = &self.forwarded.source {
+            conntrack.stop();
         }
         self.pipeline.finish();
         Ok(())

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::event::{LostStage, Outcome};
 use crate::record::listen::{Listener, Lost};
 use crate::record::{End, Pair, Series, Snapshot};
 use crate::senders::{ConnectResult, Counts, Sender, rcode_name};
+use crate::source::conntrack;
 use crate::state::{State, Status};
 use crate::sync::lock;
 
@@ -97,6 +99,7 @@ impl Collector for Metrics {
         drops(&mut encoder, &snapshot, other_overflow)?;
         listen_drops(&mut encoder, &listeners)?;
         attempts(&mut encoder, &senders)?;
+        conntrack_table(&mut encoder)?;
         losses(&mut encoder, state)?;
         sources(&mut encoder, &lock(&state.status))?;
         gauges(
@@ -324,6 +327,42 @@ fn with<'s>(sender: &'s Sender, label: &'static str, value: impl Into<Cow<'s, st
     labels
 }
 
+/// The conntrack table of the node's own namespace. What the kernel does not show is absent.
+fn conntrack_table(encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let stats = conntrack::stats(Path::new("/proc"));
+    gauges(
+        encoder,
+        (
+            "whydrop_conntrack_entries",
+            "Entries in the node's conntrack table",
+        ),
+        stats.entries.map(|n| (Vec::new(), n)),
+    )?;
+    gauges(
+        encoder,
+        (
+            "whydrop_conntrack_limit",
+            "Entries that the node's conntrack table may have",
+        ),
+        stats.limit.map(|n| (Vec::new(), n)),
+    )?;
+    let rows = [
+        ("drop", stats.drop),
+        ("early_drop", stats.early_drop),
+        ("insert_failed", stats.insert_failed),
+        ("invalid", stats.invalid),
+    ];
+    counters(
+        encoder,
+        (
+            "whydrop_conntrack_stat",
+            "The kernel's own counters of the node's conntrack table",
+        ),
+        rows.into_iter()
+            .filter_map(|(stat, n)| Some((one("stat", stat), n?))),
+    )
+}
+
 /// What is missing from detail, and what went wrong.
 fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
     let status = lock(&state.status);
@@ -334,6 +373,7 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
         ("answer", status.answers_lost),
         ("connects", status.lost_connects()),
         ("dns", status.attempts.queries_lost),
+        ("conntrack", status.lost_forwarded()),
         ("queue", state.stream.lost(LostStage::Queue)),
         ("reader", state.stream.lost(LostStage::Reader)),
     ];
@@ -343,8 +383,8 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
             "whydrop_events_lost",
             "What was not kept in detail: map (packets counted without their pair), recursion \
              (packets counted without their reason), ring and queue (events whose packets are \
-             counted), answer (answers that could not be laid to a late drop), connects and dns (attempts that \
-             were not followed because too many waited), reader (packets \
+             counted), answer (answers that could not be laid to a late drop), connects, dns and conntrack (attempts \
+             that were not followed because too many waited), reader (packets \
              in lines that a slow reader of the stream did not get)",
         ),
         lost.into_iter().map(|(stage, n)| (one("stage", stage), n)),
@@ -365,6 +405,8 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
         state
             .errors
             .counts()
+            .into_iter()
+            .chain([("conntrack", status.conntrack.errors)])
             .map(|(stage, n)| (one("stage", stage), n)),
     )
 }

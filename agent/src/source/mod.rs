@@ -21,6 +21,7 @@ pub mod attempts;
 pub mod btf;
 pub mod budget;
 pub mod cgroups;
+pub mod conntrack;
 pub mod drain;
 pub mod events;
 pub mod hooks;
