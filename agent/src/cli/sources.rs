@@ -90,7 +90,6 @@ pub fn watch_conntrack(state: &Arc<State>, options: &Options) -> Result<(Forward
         // error, which conntrack does not show. With a shorter timeout nobody can know.
         setup.resent_only = options.syn_timeout > Duration::from_millis(1_500);
         let started = Source::start(setup, sender).context("cannot start looking at conntrack")?;
-        state.set_source(started.status());
         source = Some(started);
     }
     let destination: RealDestination = if options.conntrack {
