@@ -12,7 +12,7 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::{btf_tracepoint, fentry, kprobe, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, FEntryContext, ProbeContext, RawTracePointContext};
 use whydrop_ebpf::attempt::{
-    LATENCY_BUCKETS_NS, LastDrop, MESSAGE_LEN, Query, QueryKey, QueryWork, TALLY_QUERY,
+    ClientKey, LATENCY_BUCKETS_NS, LastDrop, MESSAGE_LEN, Query, QueryKey, QueryWork, TALLY_QUERY,
     TALLY_RESPONSE, TallyKey, Tuple,
 };
 use whydrop_ebpf::{
@@ -20,10 +20,11 @@ use whydrop_ebpf::{
 };
 
 use crate::access::{atomic_add, copy, field};
-use crate::connect::{note_drop, own_ends};
+use crate::connect::{ends, note_drop, own_ends};
 use crate::conntrack;
 use crate::maps::{
-    CPU, QUERIES, QUERIES_FORGOTTEN, QUERIES_WAITING, QUERY_WORK, SWEPT, offset, setting,
+    CLIENTS_TOLD, CPU, QUERIES, QUERIES_FORGOTTEN, QUERIES_WAITING, QUERY_WORK, SWEPT, offset,
+    setting,
 };
 use crate::packet::{self, UDP};
 use crate::tally;
@@ -170,6 +171,7 @@ unsafe fn note<const TYPED: bool>(skb: *const u8, sk: *const u8, work: &mut Work
             known.sent_ns = now;
             known.server = tuple.destination;
             known.server_port = tuple.destination_port;
+            real_server(nfct, known);
             return 1;
         }
         // The id is used again for another question. What was asked before is over.
@@ -185,7 +187,9 @@ unsafe fn note<const TYPED: bool>(skb: *const u8, sk: *const u8, work: &mut Work
     query.sent = 1;
     query.ip_version = work.key.ip_version;
     query.protocol = UDP;
-    query.pad = [0; 2];
+    query.pad = 0;
+    query.pad2 = [0; 6];
+    real_server(nfct, query);
     query.drop = LastDrop::default();
     query.netns = unsafe {
         let net = field::<*const u8, TYPED>(sk, offset!(sock_net));
@@ -209,6 +213,34 @@ unsafe fn note<const TYPED: bool>(skb: *const u8, sk: *const u8, work: &mut Work
         counts.queries_lost += 1;
     }
     tally::add(&tally_key, 1, 0)
+}
+
+/// Keeps where a query really goes, if its own namespace translates it.
+#[inline(always)]
+fn real_server(nfct: u64, query: &mut Query) {
+    let mut wire = Tuple::default();
+    // Zeroes where it does not.
+    conntrack::translated_ends(nfct, &mut wire);
+    query.real_server = wire.destination;
+    query.real_server_port = wire.destination_port;
+}
+
+/// Notes that a socket connected to port 53 was told of an error: by ICMP, whose quoted query is gone by
+/// now, so it stands for what the socket asked before.
+#[inline(always)]
+pub unsafe fn told<const TYPED: bool>(sk: *const u8) {
+    let mut tuple = Tuple::default();
+    unsafe { ends::<TYPED>(sk, &mut tuple) };
+    if tuple.destination_port != PORT_DNS || !someone_waits() {
+        return;
+    }
+    let key = ClientKey {
+        client: tuple.source,
+        port: unsafe { field::<u16, TYPED>(sk, offset!(sock_num)) },
+        pad: 0,
+    };
+    let now = unsafe { bpf_ktime_get_boot_ns() };
+    let _ = CLIENTS_TOLD.insert(&key, now, BPF_ANY.into());
 }
 
 /// Whether two queries are the same to the byte.
@@ -422,7 +454,8 @@ pub unsafe fn dropped<const TYPED: bool>(
         found = QUERIES.get_ptr_mut(&key);
     }
     let Some(query) = found else { return 0 };
-    note_drop(unsafe { &mut (*query).drop }, &work.key, is_answer);
+    let drop = unsafe { &mut (*query).drop };
+    note_drop(drop, &work.key, is_answer, work.packet.told);
     1
 }
 

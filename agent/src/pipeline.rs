@@ -195,8 +195,9 @@ impl Pipeline {
         // A full accept queue drops without a trace but its namespace's counter.
         if event.cause == Some(Cause::Elsewhere)
             && event.kind == Kind::Syn
-            && let Some(ip) = event.destination.ip
+            && let (Some(ip), Some(port)) = (event.destination.ip, event.destination.port)
             && self.state.accept_queues.overflowed_since(ip, began)
+            && self.state.accept_queues.has_backlog(ip, port)
         {
             event.cause = Some(Cause::DroppedHere);
         }

@@ -43,6 +43,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Namespaces that are gone, with losses that wait.
 const MAX_GONE: usize = 4_096;
 
+/// How long it is remembered whether a listener has a backlog, and of how many.
+const BACKLOG_AGE: Duration = Duration::from_millis(250);
+const MAX_BACKLOGS: usize = 1_024;
+
 /// Two counters of `TcpExt` in `/proc/net/netstat`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -125,6 +129,8 @@ struct Queues {
     gone: Vec<Owed>,
     /// The node's own counters can be read.
     readable: Result<(), String>,
+    /// Listeners that were looked at, when, and whether connections wait to be accepted.
+    backlogs: HashMap<(IpAddr, u16), (Instant, bool)>,
 }
 
 /// The accept queues of all namespaces.
@@ -161,6 +167,7 @@ impl AcceptQueues {
                 queues: HashMap::new(),
                 gone: Vec::new(),
                 readable: Ok(()),
+                backlogs: HashMap::new(),
             }),
             errors,
         }
@@ -186,6 +193,42 @@ impl AcceptQueues {
                 let queue = queues.queues.get(&namespace.serial);
                 queue.is_some_and(|queue| queue.overflowed.is_some_and(|at| at >= since))
             })
+    }
+
+    /// Whether a listener at an address and port has connections that wait to be accepted, now. With
+    /// [`Self::overflowed_since`] it tells which of a pod's listeners is the one that lost some.
+    ///
+    /// Reads the namespace's `/proc/net/tcp` and `tcp6`, where a listener's `rx_queue` is its
+    /// `sk_ack_backlog` (net/ipv4/tcp_ipv4.c, `get_tcp4_sock`); what it found is good for a quarter of a
+    /// second, because many connections hang at once.
+    pub fn has_backlog(&self, ip: IpAddr, port: u16) -> bool {
+        let now = Instant::now();
+        let mut queues = lock(&self.queues);
+        let Queues {
+            reader,
+            text,
+            backlogs,
+            ..
+        } = &mut *queues;
+        if backlogs.len() >= MAX_BACKLOGS {
+            backlogs.clear();
+        }
+        let known = backlogs.get(&(ip, port));
+        if let Some((at, backlog)) = known
+            && now.duration_since(*at) < BACKLOG_AGE
+        {
+            return *backlog;
+        }
+        let namespaces = self.namespaces.with_address(ip);
+        let backlog = namespaces.iter().any(|namespace| {
+            // An IPv6 listener takes IPv4 as well.
+            ["tcp", "tcp6"].into_iter().any(|file| {
+                matches!(reader.read(namespace, file, text), Ok(true))
+                    && listens_in_vain(text, port)
+            })
+        });
+        backlogs.insert((ip, port), (now, backlog));
+        backlog
     }
 
     /// Looks for namespaces and reads their counters until the other end of `stop` is dropped or
@@ -363,6 +406,22 @@ impl Queues {
             queue.owed.counts.add(grown);
         }
     }
+}
+
+/// Whether `/proc/net/tcp` shows a listener at a port with connections that wait to be accepted.
+fn listens_in_vain(tcp: &str, port: u16) -> bool {
+    /// TCP_LISTEN, include/net/tcp_states.h.
+    const LISTEN: &str = "0A";
+    // `sl local_address rem_address st tx_queue:rx_queue ...`
+    tcp.lines().skip(1).any(|line| {
+        let mut fields = line.split_ascii_whitespace().skip(1);
+        let local = fields.next().and_then(|address| address.rsplit_once(':'));
+        let is_at = local.and_then(|(_, p)| u16::from_str_radix(p, 16).ok()) == Some(port);
+        let state = fields.nth(1);
+        let waiting = fields.next().and_then(|queues| queues.split_once(':'));
+        let waiting = waiting.and_then(|(_, rx)| u32::from_str_radix(rx, 16).ok());
+        is_at && state == Some(LISTEN) && waiting.is_some_and(|waiting| waiting > 0)
+    })
 }
 
 /// Whether it works here, for `whydrop check`: one scan, and one reading of the node's counters.

@@ -3,12 +3,15 @@
 
 use anyhow::{Result, bail};
 use whydrop_ebpf::attempt::{
-    Connect, DETAILS, EndedKey, Query, QueryKey, QueryWork, TALLIES, Tally, TallyKey, Tuple,
+    ClientKey, Connect, DETAILS, EndedKey, Query, QueryKey, QueryWork, TALLIES, Tally, TallyKey,
+    Tuple,
 };
 use whydrop_ebpf::{FlowCount, FlowKey, OverflowCount, OverflowKey, PerCpu, REASONS};
 
 /// Places in the kernel that free packets, times their reasons, protocols and kinds.
 pub const OVERFLOW_ENTRIES: u32 = 1024;
+/// As in `agent-ebpf/src/maps.rs`.
+const CLIENTS_TOLD: u32 = 4096;
 /// What the kernel keeps for an element of a preallocated per-CPU hash beside key and value:
 /// `struct htab_elem` (48 bytes) and a pointer to the per-CPU value (kernel/bpf/hashtab.c, 6.18).
 const HASH_ELEMENT_BYTES: u64 = 48 + 8;
@@ -95,6 +98,7 @@ impl Budget {
             + (REASONS * 8) as u64
             + per_cpu(size_of::<PerCpu>())
             + per_cpu(size_of::<QueryWork>())
+            + plain_hash_bytes::<ClientKey, u64>(CLIENTS_TOLD)
             + per_cpu(TALLIES * DETAILS * size_of::<Tally>())
             + ring_bytes(64 * 1024)
             // Control, read-only data, and the log's ring at its smallest: a few pages each.

@@ -1,15 +1,15 @@
 //! Loading and attaching the programs, each on its own: what one kernel refuses, another part of
 //! whydrop does without, and says so.
 
-use std::collections::HashMap;
+use std::collections;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
 use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
-use whydrop_ebpf::attempt::{Settings, Swept, Tally};
+use whydrop_ebpf::attempt::{ClientKey, Settings, Swept, Tally};
 use whydrop_ebpf::{Control, OverflowCount, OverflowKey, PerCpu, REASONS};
 
 use super::btf::{self, KernelTypes};
@@ -55,6 +55,8 @@ pub struct AttemptMaps {
     pub queries: std::os::fd::OwnedFd,
     /// How many of them the agent took out.
     pub forgotten: Array<MapData, u64>,
+    /// When sockets that ask for names were told of an error.
+    pub clients_told: HashMap<MapData, Plain<ClientKey>, u64>,
     /// How far the agent has looked.
     pub swept: Array<MapData, Plain<Swept>>,
     /// Each CPU's own counts, once more: another thread reads them.
@@ -74,7 +76,7 @@ pub struct Loaded {
     /// What works.
     pub sources: Vec<SourceStatus>,
     /// The kernel's names of drop reasons.
-    pub reasons: HashMap<u32, Arc<str>>,
+    pub reasons: collections::HashMap<u32, Arc<str>>,
     /// Whether the tracepoint passes a reason.
     pub has_reasons: bool,
     /// Sizes of the maps.
@@ -210,6 +212,7 @@ pub fn load(options: Options) -> Result<Loaded> {
         connects: map_fd(&take(&mut ebpf, "CONNECTS")?)?,
         ended: map_fd(&take(&mut ebpf, "ENDED")?)?,
         queries: map_fd(&take(&mut ebpf, "QUERIES")?)?,
+        clients_told: HashMap::try_from(take(&mut ebpf, "CLIENTS_TOLD")?)?,
         forgotten: Array::try_from(take(&mut ebpf, "QUERIES_FORGOTTEN")?)?,
         swept: Array::try_from(take(&mut ebpf, "SWEPT")?)?,
         counts: PerCpuArray::try_from(Map::PerCpuArray(MapData::from_fd(counts)?))?,

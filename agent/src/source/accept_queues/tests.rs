@@ -229,3 +229,18 @@ fn pauses_grow_with_failures_and_with_work() {
     assert_eq!([0, 1, 2, 10, 40].map(|n| pause(0, n)), [2, 4, 8, 60, 60]);
     assert_eq!([1, 20, 50].map(|took_ms| pause(took_ms, 0)), [2, 2, 5]);
 }
+
+#[test]
+fn a_listener_with_a_backlog_is_found_by_its_port() {
+    let tcp = "\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1F90 00000000:0000 0A 00000000:00000002 00:00000000 00000000     0        0 1 1
+   1: 00000000:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 2 1
+   2: 0100007F:0051 0200007F:C000 01 00000000:00000005 00:00000000 00000000     0        0 3 1
+   3: cut";
+    assert!(listens_in_vain(tcp, 8080));
+    assert!(!listens_in_vain(tcp, 80), "nobody waits");
+    assert!(!listens_in_vain(tcp, 81), "no listener");
+    assert!(!listens_in_vain(tcp, 82));
+    assert!(!listens_in_vain("", 80));
+}
