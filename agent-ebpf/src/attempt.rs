@@ -22,13 +22,14 @@ pub struct LastDrop {
     pub netns: u32,
     /// How many packets of the attempt this kernel dropped, either way; 0: the rest means nothing.
     pub packets: u32,
-    /// As in [`crate::FlowKey`], before any NAT of the dropped packet's namespace.
+    /// Port of `destination`.
     pub destination_port: u16,
     /// 1 if it was the answer that was dropped.
     pub is_answer: u8,
     /// How many of the dropped packets the sender was told of; stays at 255.
     pub told: u8,
-    /// Where the dropped packet was going, if it was not the answer.
+    /// The end that was asked, as the dropped packet had it: behind the DNAT, unless it was dropped before
+    /// that, or an answer after it was translated back.
     pub destination: [u8; 16],
 }
 
@@ -107,6 +108,18 @@ pub struct QueryKey {
     pub port: u16,
     /// Host order.
     pub id: u16,
+}
+
+/// A DNS query that was answered.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Answered {
+    /// When, `CLOCK_BOOTTIME` in nanoseconds.
+    pub answered_ns: u64,
+    /// Of its message.
+    pub hash: u64,
+    /// Who was asked last, as in [`Query`].
+    pub server: [u8; 16],
 }
 
 /// A socket that asks for names; the key of those that were told of an error.
@@ -320,6 +333,7 @@ const _: () = assert!(size_of::<EndedKey>() == 16);
 const _: () = assert!(size_of::<QueryKey>() == 20);
 const _: () = assert!(size_of::<Query>() == 40 + 32 + 8 + 16 + 40 + MESSAGE_LEN);
 const _: () = assert!(size_of::<QueryWork>() == 2 * size_of::<Query>() + 20 + 32 + 4 + 16);
+const _: () = assert!(size_of::<Answered>() == 32);
 const _: () = assert!(size_of::<TallyKey>() == 32);
 const _: () = assert!(size_of::<Tally>() == 16);
 const _: () = assert!(size_of::<Died>() == 8 + 112 + 8);

@@ -11,7 +11,7 @@ use whydrop_ebpf::attempt::{
     AttemptCpu, Connect, END_ABANDONED, END_LATE, END_TIMED_OUT, EndedKey, LastDrop,
     RESULT_ABANDONED, RESULT_ESTABLISHED, RESULT_REFUSED, TALLY_CONNECT, TallyKey, Tuple,
 };
-use whydrop_ebpf::{FLAG_ENCAPSULATED, FlowKey, KIND_SYN, UNTOLD, Work};
+use whydrop_ebpf::{FLAG_ENCAPSULATED, FlowKey, KIND_SYN, Packet, UNTOLD, Work};
 
 use crate::access::{copy, field};
 use crate::conntrack;
@@ -273,7 +273,7 @@ pub unsafe fn dropped<const TYPED: bool>(sk: *const u8, nfct: u64, work: &mut Wo
     if own && connect.tuple.source_port == 0 {
         connect.tuple.source_port = work.packet.source_port;
     }
-    note_drop(&mut connect.drop, key, is_answer, work.packet.told);
+    note_drop(&mut connect.drop, key, &work.packet, is_answer);
     if work.packet.told != UNTOLD {
         told(connect);
     }
@@ -296,19 +296,22 @@ pub fn own_ends(key: &FlowKey, source_port: u16, is_answer: bool, tuple: &mut Tu
     }
 }
 
-/// Keeps where a packet of an attempt was dropped last.
+/// Keeps where a packet of an attempt was dropped last, and who its other end is there.
 #[inline(always)]
-pub fn note_drop(drop: &mut LastDrop, key: &FlowKey, is_answer: bool, told: u8) {
+pub fn note_drop(drop: &mut LastDrop, key: &FlowKey, packet: &Packet, is_answer: bool) {
     drop.location = key.location;
     drop.reason = key.reason;
     drop.ifindex = key.ifindex;
     drop.netns = key.netns;
     drop.packets += 1;
-    if told != UNTOLD {
+    if packet.told != UNTOLD {
         drop.told = drop.told.saturating_add(1);
     }
     drop.is_answer = u8::from(is_answer);
-    if !is_answer {
+    if is_answer {
+        drop.destination = key.source;
+        drop.destination_port = packet.source_port;
+    } else {
         drop.destination = key.destination;
         drop.destination_port = key.destination_port;
     }

@@ -155,7 +155,7 @@ unsafe fn attempt<const TYPED: bool>(skb: *const u8, nfct: u64, work: &mut Work)
         }
     } else if setting!(dns) != 0
         && work.key.protocol == UDP
-        && (work.key.kind == KIND_DNS || work.packet.is_response != 0)
+        && (work.packet.is_query != 0 || work.packet.is_response != 0)
     {
         unsafe {
             let sk = field::<*const u8, TYPED>(skb, offset!(skb_sk));

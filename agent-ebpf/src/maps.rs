@@ -3,8 +3,8 @@
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf};
 use whydrop_ebpf::attempt::{
-    ClientKey, Connect, DETAILS, EndedKey, Query, QueryKey, QueryWork, Settings, Swept, TALLIES,
-    Tally, TallyKey, Tuple,
+    Answered, ClientKey, Connect, DETAILS, EndedKey, Query, QueryKey, QueryWork, Settings, Swept,
+    TALLIES, Tally, TallyKey, Tuple,
 };
 use whydrop_ebpf::{
     Control, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, PerCpu, REASONS,
@@ -113,10 +113,15 @@ pub static QUERIES_WAITING: Array<u64> = Array::with_max_entries(1, 0);
 pub static QUERIES_FORGOTTEN: Array<u64> = Array::with_max_entries(1, 0);
 
 /// When a socket that asks for names was last told of an error (`CLOCK_BOOTTIME` in nanoseconds). Only of
-/// interest until its queries are due, so the latest 4,096 are enough; one that is pushed out is a query
+/// interest until its queries are due, so the latest 1,024 are enough; one that is pushed out is a query
 /// that is called unanswered although it was refused.
 #[map]
-pub static CLIENTS_TOLD: LruHashMap<ClientKey, u64> = LruHashMap::with_max_entries(4096, 0);
+pub static CLIENTS_TOLD: LruHashMap<ClientKey, u64> = LruHashMap::with_max_entries(1024, 0);
+
+/// DNS queries that were answered last: the same one to another server is no new query. Only of interest
+/// for half a second.
+#[map]
+pub static ANSWERED: LruHashMap<QueryKey, Answered> = LruHashMap::with_max_entries(1024, 0);
 
 /// What each CPU has at hand for DNS.
 #[map]
