@@ -23,7 +23,7 @@ use crate::decode::attempt::Attempt;
 use crate::decode::classify::Class;
 use crate::decode::late::{Late, Settled};
 use crate::decode::{self, Decoder, Flow};
-use crate::enrich::{enrich, enrich_attempt, name_host_network_pod};
+use crate::enrich::{enrich, enrich_attempt, name_host_network_pod, pod_of_namespace};
 use crate::event::{Cause, Endpoint, EndpointKind, Event, Kind, Line, Lost, LostStage, Outcome};
 use crate::senders::{ConnectResult, What};
 use crate::source::attempts::{Found, Unanswered};
@@ -188,10 +188,12 @@ impl Pipeline {
     /// One attempt that nobody answered; `is_own` if it is one of a socket of this kernel, whose
     /// connects are counted by their result.
     fn attempt(&mut self, attempt: Attempt, at: Timestamp, is_own: bool, now: Instant) {
-        let cgroup = attempt.cgroup;
+        let (cgroup, netns) = (attempt.cgroup.unwrap_or(0), attempt.netns.unwrap_or(0));
         let began = now.checked_sub(attempt.waited).unwrap_or(now);
         let mut event = enrich_attempt(attempt, at, &self.state.index(), &self.state.node);
-        self.name_by_cgroup(&mut event.source, cgroup);
+        self.name_by_socket(&mut event.source, netns, cgroup, at);
+        // Only a loopback is the sender's own; the cgroup is not its listener's.
+        self.name_by_socket(&mut event.destination, netns, 0, at);
         // A full accept queue drops without a trace but its namespace's counter.
         if event.cause == Some(Cause::Elsewhere)
             && event.kind == Kind::Syn
@@ -210,10 +212,27 @@ impl Pipeline {
         self.state.stream.publish(Arc::new(Line::Event(event)));
     }
 
-    /// Names a pod of the node's own network, which its address does not tell.
-    fn name_by_cgroup(&mut self, end: &mut Endpoint, cgroup: Option<u64>) {
+    /// Names what an address does not tell: a pod of the node's own network by the sender's cgroup, and
+    /// whoever speaks over a loopback by its namespace.
+    fn name_by_socket(&mut self, end: &mut Endpoint, netns: u32, cgroup: u64, at: Timestamp) {
+        if end.ip.is_some_and(|ip| ip.is_loopback())
+            && let Some(namespace) = self.state.accept_queues.namespaces().get(netns)
+        {
+            if namespace.host {
+                end.kind = Some(EndpointKind::Node);
+                end.node = Some(self.state.node.clone());
+            } else {
+                let index = self.state.index();
+                let (uid, addresses) = (namespace.pod.as_ref(), &namespace.addresses);
+                if let Some(pod) = pod_of_namespace(uid, addresses, &index, at) {
+                    let (ip, port) = (end.ip, end.port);
+                    *end = Endpoint { ip, port, ..pod };
+                }
+            }
+        }
         if end.kind == Some(EndpointKind::Node)
-            && let Some(uid) = cgroup.and_then(|id| (self.pod_of_cgroup)(id))
+            && cgroup != 0
+            && let Some(uid) = (self.pod_of_cgroup)(cgroup)
         {
             name_host_network_pod(end, &uid, &self.state.index());
         }
@@ -230,7 +249,7 @@ impl Pipeline {
                 ..Endpoint::default()
             };
             self.state.index().name(&mut sender, None, drained.until);
-            self.name_by_cgroup(&mut sender, (key.cgroup != 0).then_some(key.cgroup));
+            self.name_by_socket(&mut sender, key.netns, key.cgroup, drained.until);
             let mut senders = lock(&self.state.senders);
             senders.add(&sender, what, tally.count, tally.sum_ns, now);
         }
