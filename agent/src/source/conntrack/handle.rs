@@ -37,8 +37,6 @@ pub struct Totals {
     /// Attempts not handed on, because nobody can tell whether they are local: see
     /// [`LocalTuples::has_lost`](super::LocalTuples::has_lost).
     pub withheld: u64,
-    /// TCP attempts not handed on, because their SYN was sent only once.
-    pub not_resent: u64,
     /// Times that events of destroyed entries were lost, each an unknown number.
     pub overruns: u64,
     /// Requests that failed, and messages that could not be read.
@@ -150,7 +148,7 @@ fn describe(totals: &Totals, filtered: bool, destroy: Destroy) -> String {
         if filtered {
             "the kernel"
         } else {
-            "whydrop, as this kernel does not (Linux before 5.18)"
+            "whydrop, as this kernel does not"
         }
     );
     if totals.period > PERIOD {
@@ -185,9 +183,9 @@ mod tests {
         totals.last_dump = Duration::from_micros(17_400);
         assert_eq!(
             describe(&totals, false, Destroy::On),
-            "a dump by ctnetlink every 1.7 s, filtered by whydrop, as this kernel does not (Linux \
-             before 5.18); 0.5 s would take more than 1% of a core, as a dump takes 17 ms; events \
-             of destroyed entries"
+            "a dump by ctnetlink every 1.7 s, filtered by whydrop, as this kernel does not; \
+             0.5 s would take more than 1% of a core, as a dump takes 17 ms; events of destroyed \
+             entries"
         );
     }
 }

@@ -42,7 +42,7 @@ impl Lookup {
     pub fn destination(&mut self, tuple: &Tuple) -> Result<Option<SocketAddr>, Error> {
         let mut socket = match self.socket.take() {
             Some(socket) => socket,
-            None if !self.is_there() => return Ok(None),
+            None if !self.is_there()? => return Ok(None),
             None => Socket::open()?,
         };
         // After an error the socket may hold half an answer: it is not put back.
@@ -55,13 +55,13 @@ impl Lookup {
     }
 
     /// Whether conntrack is loaded. Asking would load it, and nobody wants that of an observer.
-    fn is_there(&mut self) -> bool {
+    fn is_there(&mut self) -> Result<bool, Error> {
         let now = Instant::now();
         if self.look_at.is_some_and(|at| now < at) {
-            return false;
+            return Ok(false);
         }
-        let is_there = stats::entries(&self.proc).is_some();
+        let is_there = stats::entries(&self.proc)?.is_some();
         self.look_at = (!is_there).then_some(now + LOOK_AGAIN);
-        is_there
+        Ok(is_there)
     }
 }

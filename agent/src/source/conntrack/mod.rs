@@ -16,8 +16,8 @@
 //! with `hostNetwork` it is the node's, through which the traffic of its pods passes.
 //!
 //! What conntrack shows is silence beyond this node: a first packet that is dropped here is never
-//! confirmed, and so is no entry. It does not show ICMP errors, so an attempt that another host
-//! rejects by one, and not by a reset, looks unanswered ([`Setup::resent_only`]).
+//! confirmed, and so is no entry. It does not show ICMP errors, nor SYNs that are sent again: an
+//! attempt that another host rejected by ICMP, or that its sender gave up, looks unanswered as well.
 
 mod handle;
 mod local;
@@ -73,9 +73,6 @@ pub struct Setup {
     /// Whether a sender is neither a pod of another node nor an address of a socket of this kernel:
     /// attempts of others are not reported. Asked when an attempt is decided, by the source's thread.
     pub is_foreign: IsForeign,
-    /// Only TCP attempts whose SYN was sent again. One that was not was given up, or its sender was
-    /// told by an ICMP error, which conntrack does not show.
-    pub resent_only: bool,
     /// Whether destroyed entries are followed as well.
     pub destroy: Destroy,
     /// Receive buffer for events of destroyed entries, in bytes.
@@ -85,7 +82,7 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// With these timeouts, every entry, dumps alone and `/proc`; the public fields change that.
+    /// With these timeouts, dumps alone and `/proc`; the public fields change that.
     pub fn new(
         syn_timeout: Duration,
         dns_timeout: Duration,
@@ -97,7 +94,6 @@ impl Setup {
             dns_timeout,
             local,
             is_foreign,
-            resent_only: false,
             destroy: Destroy::Off,
             // Some 1,500 events: 50 ms of the fastest node, and the thread reads at once.
             destroy_buffer_bytes: 2 << 20,

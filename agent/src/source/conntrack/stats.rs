@@ -1,8 +1,8 @@
 //! What the kernel says of its conntrack table as a whole.
 
 use std::collections::HashMap;
-use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 /// Use, limit and counters of the conntrack table, of the network namespace of the thread that reads
 /// them. What this kernel does not show is `None`.
@@ -35,7 +35,7 @@ pub fn stats(proc: &Path) -> ConntrackStats {
     let sums = sums(&text);
     let sum = |column| sums.get(column).copied();
     ConntrackStats {
-        entries: entries(proc),
+        entries: entries(proc).ok().flatten(),
         limit: sysctl(proc, "nf_conntrack_max"),
         drop: sum("drop"),
         early_drop: sum("early_drop"),
@@ -45,14 +45,22 @@ pub fn stats(proc: &Path) -> ConntrackStats {
 }
 
 /// Entries of the thread's network namespace; `None` where conntrack is not loaded.
-pub(super) fn entries(proc: &Path) -> Option<u64> {
-    sysctl(proc, "nf_conntrack_count")
+pub(super) fn entries(proc: &Path) -> io::Result<Option<u64>> {
+    let text = match fs::read_to_string(path(proc, "nf_conntrack_count")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text?,
+    };
+    text.trim().parse().map(Some).map_err(io::Error::other)
 }
 
 /// A number of `/proc/sys/net/netfilter`; `None` where this kernel has none of that name.
 pub(super) fn sysctl(proc: &Path, name: &str) -> Option<u64> {
-    let text = fs::read_to_string(proc.join("sys/net/netfilter").join(name)).ok()?;
+    let text = fs::read_to_string(path(proc, name)).ok()?;
     text.trim().parse().ok()
+}
+
+fn path(proc: &Path, name: &str) -> PathBuf {
+    proc.join("sys/net/netfilter").join(name)
 }
 
 /// Each column's sum over the CPUs. A column with anything else than numbers in it is left out.

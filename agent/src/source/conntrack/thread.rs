@@ -34,8 +34,6 @@ const STEP: Duration = Duration::from_millis(100);
 const LOOK_UPS: usize = 100;
 /// Attempts decided in one step; the rest is decided in the next.
 const DECIDED_AT_ONCE: usize = 4096;
-/// A SYN is sent again after 1 s (RFC 6298) or 3 s (RFC 2988), and 1 s later at most that is seen.
-const RESENT_WITHIN: Duration = Duration::from_millis(4_500);
 /// Between two tries to ask a kernel that does not answer.
 const FIRST_RETRY: Duration = Duration::from_millis(500);
 const LAST_RETRY: Duration = Duration::from_secs(30);
@@ -117,7 +115,7 @@ impl Thread {
     /// One round: a dump if it is time, events, and what is due.
     fn step(&mut self) -> Result<(), Error> {
         if Instant::now() >= self.next_dump {
-            let Some(entries) = entries(&self.setup.proc) else {
+            let Some(entries) = entries(&self.setup.proc)? else {
                 self.link = None;
                 self.waiting = Waiting::new();
                 self.set(State::Unused);
@@ -129,6 +127,8 @@ impl Thread {
             self.times.syn_sent_s = lifetime_s("nf_conntrack_tcp_timeout_syn_sent");
             self.times.udp_s = lifetime_s("nf_conntrack_udp_timeout");
             if entries == 0 {
+                // What has ended is told before it is missing.
+                self.read_events()?;
                 self.waiting.nothing_there(Instant::now());
                 self.next_dump = Instant::now() + PERIOD;
             } else {
@@ -183,6 +183,8 @@ impl Thread {
             }
             result => result?,
         };
+        let took = cpu_time().saturating_sub(cpu);
+        self.read_events()?;
         self.waiting.end_dump(Instant::now());
         let Dumped {
             entries,
@@ -194,7 +196,7 @@ impl Thread {
         self.totals.errors += unreadable;
         self.totals.dumps += 1;
         self.totals.dumped_entries += entries;
-        self.totals.last_dump = cpu_time().saturating_sub(cpu);
+        self.totals.last_dump = took;
         let pause = self.totals.last_dump * CORE_PARTS;
         self.totals.period = PERIOD.max(pause);
         self.next_dump = began + self.totals.period;
@@ -261,8 +263,8 @@ impl Thread {
             let Some(due) = self.waiting.due(now) else {
                 break;
             };
-            match self.decide(&due, &mut look_ups) {
-                Ok(Verdict::Report(sent)) => reported.push(attempt(&due, sent)),
+            match self.decide(due, &mut look_ups) {
+                Ok(Verdict::Report(due)) => reported.push(attempt(&due)),
                 Ok(Verdict::Nothing) => {}
                 Ok(Verdict::Later) => break,
                 Err(error) => {
@@ -279,17 +281,17 @@ impl Thread {
     }
 
     /// Decides one attempt, as late as possible: its socket may have been noted only now.
-    fn decide(&mut self, due: &Due, look_ups: &mut usize) -> Result<Verdict, Error> {
-        let tuple = &due.key.tuple;
+    fn decide(&mut self, mut due: Due, look_ups: &mut usize) -> Result<Verdict, Error> {
+        let tuple = due.key.tuple;
         let now = Instant::now();
         if !(self.setup.is_foreign)(&tuple.source().ip()) {
             self.totals.not_foreign += 1;
-            self.waiting.decide(&due.key);
+            self.waiting.decide(&due.key, now);
             return Ok(Verdict::Nothing);
         }
         let (is_local, has_lost) = {
             let local = lock(&self.setup.local);
-            (local.contains(tuple, now), local.has_lost(now))
+            (local.contains(&tuple, now), local.has_lost(now))
         };
         if is_local || has_lost {
             let total = if is_local {
@@ -298,10 +300,9 @@ impl Thread {
                 &mut self.totals.withheld
             };
             *total += 1;
-            self.waiting.decide(&due.key);
+            self.waiting.decide(&due.key, now);
             return Ok(Verdict::Nothing);
         }
-        let mut sent = due.sent;
         if due.now != Known::Waits {
             let Some(link) = &mut self.link else {
                 return Ok(Verdict::Later);
@@ -311,33 +312,31 @@ impl Thread {
             };
             *look_ups = left;
             let began = Instant::now();
-            let found = link.asks.get(tuple, due.key.zone)?;
-            let is_unanswered = match (due.now, &found) {
-                // The same attempt goes on by another entry.
-                (Known::Died, found) => found.is_none(),
-                (_, Some(entry)) => entry.key == due.key && kind(entry).is_some(),
-                (_, None) => false,
+            let found = link.asks.get(&tuple, due.key.zone)?;
+            let is_unanswered = match &found {
+                // A SYN that is sent again makes a new entry where the old one is gone; a query
+                // from the same port is another one.
+                Some(entry) => {
+                    let is_it =
+                        due.kind == Kind::Syn || entry.id == due.id || due.now == Known::Died;
+                    is_it && kind(entry).is_some()
+                }
+                None => due.now == Known::Died,
             };
             if !is_unanswered {
                 self.waiting.forget(&due.key);
                 return Ok(Verdict::Nothing);
             }
             if let Some(entry) = found {
-                let now = Instant::now();
-                sent = self.waiting.looked_up(&entry, began, now).unwrap_or(sent);
+                due.sent = self
+                    .waiting
+                    .looked_up(&entry, began, Instant::now())
+                    .unwrap_or(due.sent);
+                due.real_destination = entry.real_destination;
             }
         }
-        if self.setup.resent_only && due.kind == Kind::Syn && sent < 2 {
-            if now < due.since + RESENT_WITHIN && due.now != Known::Died {
-                self.waiting.put_off(&due.key, due.since + RESENT_WITHIN);
-            } else {
-                self.totals.not_resent += 1;
-                self.waiting.decide(&due.key);
-            }
-            return Ok(Verdict::Nothing);
-        }
-        self.waiting.decide(&due.key);
-        Ok(Verdict::Report(sent))
+        self.waiting.decide(&due.key, now);
+        Ok(Verdict::Report(due))
     }
 
     /// Says it, once, and returns when to try again.
@@ -425,15 +424,15 @@ fn wall_ns() -> u64 {
 
 /// Whether an attempt is handed on.
 enum Verdict {
-    /// It is, with so many packets sent.
-    Report(u64),
+    /// It is.
+    Report(Due),
     /// It is not.
     Nothing,
     /// Not decided yet: the next dump tells.
     Later,
 }
 
-fn attempt(due: &Due, sent: u64) -> Attempt {
+fn attempt(due: &Due) -> Attempt {
     let waited = due.since.elapsed();
     let (source, asked, real) = (
         due.key.tuple.source(),
@@ -446,7 +445,7 @@ fn attempt(due: &Due, sent: u64) -> Attempt {
             .checked_sub(waited)
             .unwrap_or(Timestamp::UNIX_EPOCH),
         waited,
-        sent,
+        sent: due.sent,
         flow: Flow {
             source: source.ip(),
             source_port: Some(source.port()),

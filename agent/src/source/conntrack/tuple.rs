@@ -62,12 +62,9 @@ pub(super) struct Zone {
     pub of_tuple: bool,
 }
 
-/// What names an entry for as long as it lives.
+/// What names an attempt: the table has one entry of it at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct Key {
-    /// `CTA_ID`: a hash of what the entry is in the kernel, so that a later one of the same tuple
-    /// has another.
-    pub id: u32,
     /// Its original tuple.
     pub tuple: Tuple,
     /// Its zone.

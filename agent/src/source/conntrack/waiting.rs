@@ -15,9 +15,9 @@ use crate::event::{Kind, Protocol};
 /// same time are a scan or a flood, of which nobody reads every attempt. 20 MB when full.
 pub(super) const MAX_ENTRIES: usize = 50_000;
 
-/// How long an entry that was decided is remembered when no dump shows it any more: the kernel hides
-/// expired ones, but tells of their end when it collects them, up to a minute later
-/// (`GC_SCAN_INTERVAL_MAX`); and a dump that meets a resize of the table can miss some.
+/// How long an attempt that was decided is remembered when no dump shows it any more. A SYN that is
+/// sent again up to a minute later makes another entry of the same attempt; the kernel tells of the
+/// end of expired entries when it collects them, up to a minute later (`GC_SCAN_INTERVAL_MAX`).
 const GONE_REMEMBERED: Duration = Duration::from_secs(120);
 
 /// When an attempt counts as unanswered, and what the kernel's own timers are.
@@ -67,8 +67,10 @@ pub(super) fn kind(entry: &Entry) -> Option<Kind> {
 /// An attempt that is due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Due {
-    /// Its entry.
+    /// What names it.
     pub key: Key,
+    /// Its entry.
+    pub id: u32,
     /// Connection attempt or DNS query.
     pub kind: Kind,
     /// Where its packets really went.
@@ -94,6 +96,7 @@ pub(super) enum Known {
 
 #[derive(Debug)]
 struct State {
+    id: u32,
     kind: Kind,
     real_destination: SocketAddr,
     since: Instant,
@@ -168,10 +171,14 @@ impl Waiting {
             return;
         };
         if let Some(state) = self.entries.get_mut(&entry.key) {
-            state.seen = began;
-            state.gone = None;
-            state.refresh(entry, began, now);
-            return;
+            if state.is_continued_by(entry) {
+                state.seen = began;
+                state.gone = None;
+                state.died = false;
+                state.refresh(entry, began, now);
+                return;
+            }
+            self.forget(&entry.key);
         }
         if self.entries.len() >= self.capacity {
             self.without_room[0] += 1;
@@ -187,7 +194,8 @@ impl Waiting {
         self.insert(entry.key, state, times);
     }
 
-    /// The dump under way is complete: what it did not show is gone.
+    /// The dump under way is complete: what it did not show is gone. It collects expired entries, so
+    /// events of their end are to be read before.
     pub fn end_dump(&mut self, now: Instant) {
         let Some(began) = self.dump.take() else {
             return;
@@ -219,15 +227,23 @@ impl Waiting {
     /// The kernel has destroyed an entry.
     pub fn destroyed(&mut self, entry: &Entry, times: &Times, now: Instant, wall_ns: u64) {
         let kind = kind(entry);
-        if let Some(state) = self.entries.get_mut(&entry.key) {
-            if kind.is_some() && state.due.is_some() {
+        match self.entries.get_mut(&entry.key) {
+            // Answered or refused.
+            Some(state) if state.id == entry.id && kind.is_none() => {
+                self.forget(&entry.key);
+                return;
+            }
+            Some(state) if state.id == entry.id && state.due.is_some() => {
                 state.died = true;
                 state.sent = state.sent.max(entry.packets.unwrap_or(0));
-            } else {
-                // Answered, or decided before.
-                self.forget(&entry.key);
+                return;
             }
-            return;
+            Some(state) if state.is_continued_by(entry) || state.gone.is_none() => {
+                // Decided before, or its next entry is followed by now.
+                return;
+            }
+            Some(_) => self.forget(&entry.key),
+            None => {}
         }
         let Some(kind) = kind else {
             return;
@@ -257,6 +273,7 @@ impl Waiting {
         let state = self.entries.get(key)?;
         Some(Due {
             key: *key,
+            id: state.id,
             kind: state.kind,
             real_destination: state.real_destination,
             since: state.since,
@@ -272,29 +289,19 @@ impl Waiting {
     }
 
     /// It is decided: it will not be due again.
-    pub fn decide(&mut self, key: &Key) {
+    pub fn decide(&mut self, key: &Key, now: Instant) {
         let Some(state) = self.entries.get_mut(key) else {
             return;
         };
         if let Some(at) = state.due.take() {
             self.due.remove(&(at, *key));
         }
-        if state.died {
-            self.entries.remove(key);
+        if std::mem::take(&mut state.died) {
+            state.gone = Some(now);
         }
     }
 
-    /// It is looked at again at `at`, because so far it has sent too little.
-    pub fn put_off(&mut self, key: &Key, at: Instant) {
-        if let Some(state) = self.entries.get_mut(key)
-            && let Some(due) = state.due.replace(at)
-        {
-            self.due.remove(&(due, *key));
-            self.due.insert((at, *key));
-        }
-    }
-
-    /// A look-up showed it, between `began` and `now`; returns what it has sent so far.
+    /// A look-up since `began` showed it; returns what it has sent so far.
     pub fn looked_up(&mut self, entry: &Entry, began: Instant, now: Instant) -> Option<u64> {
         let state = self.entries.get_mut(&entry.key)?;
         state.refresh(entry, began, now);
@@ -319,6 +326,7 @@ impl Waiting {
 impl State {
     fn new(entry: &Entry, kind: Kind, since: Instant, seen: Instant) -> Self {
         Self {
+            id: entry.id,
             kind,
             real_destination: entry.real_destination,
             since,
@@ -331,9 +339,25 @@ impl State {
         }
     }
 
-    /// Counts packets: by the kernel's own count where it keeps one, else by the timer, which each
-    /// of them sets anew. The kernel read it between `began` and `now`, and shows whole seconds.
+    /// Whether an entry of the same tuple is of the same attempt: a SYN that is sent again makes a new
+    /// one where the old one is gone, while a UDP port that is used again asks something else.
+    fn is_continued_by(&self, entry: &Entry) -> bool {
+        match self.kind {
+            Kind::Syn => true,
+            Kind::Dns | Kind::Packet => self.id == entry.id && self.gone.is_none(),
+        }
+    }
+
+    /// Counts packets: by the kernel's own count where it keeps one, else by the timer, which a UDP
+    /// packet sets anew. (A SYN that is sent again does neither, since stable kernels of 2023:
+    /// nf_conntrack_proto_tcp.c.) The kernel read it between `began` and `now`, in whole seconds.
     fn refresh(&mut self, entry: &Entry, began: Instant, now: Instant) {
+        if self.id != entry.id {
+            self.id = entry.id;
+            self.real_destination = entry.real_destination;
+            self.expires_by = None;
+            self.sent += 1;
+        }
         let Some(left) = entry.expires_in_s.map(u64::from) else {
             return;
         };

@@ -54,6 +54,11 @@ impl Table {
         self.waiting.due(self.at(ms))
     }
 
+    fn decide(&mut self, key: &Key) {
+        let now = self.at(0);
+        self.waiting.decide(key, now);
+    }
+
     /// When the next is due, in milliseconds.
     fn next_due(&self) -> Option<u128> {
         let at = self.waiting.next_due()?;
@@ -65,12 +70,15 @@ fn entry(id: u32, protocol: Protocol, port: u16, expires_in_s: u32) -> Entry {
     let address = |text: &str| text.parse::<SocketAddr>().expect("an address");
     let mut destination = address("10.2.0.2:0");
     destination.set_port(port);
+    // Each id has a tuple of its own, unless a test says otherwise.
+    let mut source = address("10.1.0.2:0");
+    source.set_port(4000 + id as u16);
     Entry {
         key: Key {
-            id,
-            tuple: Tuple::new(protocol, address("10.1.0.2:4000"), destination),
+            tuple: Tuple::new(protocol, source, destination),
             zone: Zone::default(),
         },
+        id,
         real_destination: destination,
         unreplied: true,
         syn_sent: protocol == Protocol::TCP,
@@ -138,7 +146,7 @@ fn an_attempt_is_due_in_time_and_once() {
     // A dump that began since then spares the look-up.
     table.dump(4000, &[syn(1, 119)]);
     assert_eq!(table.due(4000).map(|due| due.now), Some(Known::Waits));
-    table.waiting.decide(&due.key);
+    table.decide(&due.key);
     assert_eq!(table.next_due(), None);
     for ms in (4500..200_000).step_by(500) {
         table.dump(ms, &[syn(1, 60)]);
@@ -184,7 +192,7 @@ fn the_timer_tells_the_age_where_no_dump_can() {
             .waiting
             .entries
             .iter()
-            .find(|(key, _)| key.id == id)
+            .find(|(_, state)| state.id == id)
             .expect("there");
         state.since.duration_since(table.start).as_millis()
     };
@@ -243,13 +251,14 @@ fn a_timestamp_is_better_than_the_timer() {
 
 #[test]
 fn packets_sent_again_are_counted_by_the_timer() {
-    // A SYN at 0.1 s, then after 1, 2 and 4 s more, as its entry's timer shows it to dumps.
+    // A query at 0.1 s, then after 1, 2 and 4 s more, as its entry's timer shows it to dumps.
     let sent = [100, 1100, 3100, 7100];
     let mut table = Table::new();
     for ms in (0..9000).step_by(500) {
         let last = sent.iter().rev().find(|at| **at <= ms);
-        let left = |at: &u64| ((120_000 - (ms - at)) / 1000) as u32;
-        let shown: Vec<Entry> = last.map(|at| syn(1, left(at))).into_iter().collect();
+        let left = |at: &u64| ((30_000 - (ms - at)) / 1000) as u32;
+        let shown = last.map(|at| entry(1, Protocol::UDP, 53, left(at)));
+        let shown: Vec<Entry> = shown.into_iter().collect();
         table.dump(ms, &shown);
     }
     let state = table.waiting.entries.values().next().expect("there");
@@ -322,12 +331,14 @@ fn one_that_died_unanswered_is_due_all_the_same() {
     table.dump(1000, &[]);
     let grace = NOTED_WITHIN.as_millis() as u64;
     let first = table.due(3500 + grace).expect("due");
-    assert_eq!((first.key.id, first.now), (1, Known::Died));
-    table.waiting.decide(&first.key);
+    assert_eq!((first.id, first.now), (1, Known::Died));
+    table.decide(&first.key);
     assert_eq!(table.due(3799 + grace), None);
     let second = table.due(3800 + grace).expect("due");
-    assert_eq!((second.key.id, second.now), (2, Known::Died));
-    table.waiting.decide(&second.key);
+    assert_eq!((second.id, second.now), (2, Known::Died));
+    table.decide(&second.key);
+    assert_eq!(table.next_due(), None);
+    table.dump(200_000, &[]);
     assert_eq!(table.waiting.len(), 0);
 }
 
@@ -363,42 +374,99 @@ fn one_that_died_answered_or_refused_is_not() {
 fn the_end_of_one_that_was_reported_is_no_news() {
     let mut table = Table::new();
     table.dump(0, &[syn(1, 119)]);
-    table.waiting.decide(&syn(1, 0).key);
+    table.decide(&syn(1, 0).key);
     // It expires: dumps hide it, and the kernel tells of it when it collects it.
     table.dump(500, &[]);
     table.destroyed(60_000, &syn(1, 0));
-    assert_eq!((table.waiting.len(), table.next_due()), (0, None));
-    // One of which the kernel never tells is forgotten.
-    table.dump(61_000, &[syn(2, 119)]);
-    table.waiting.decide(&syn(2, 0).key);
-    table.dump(61_500, &[]);
-    table.dump(61_500 + 119_999, &[]);
-    assert_eq!(table.waiting.len(), 1);
-    table.dump(61_500 + 120_000, &[]);
+    table.dump(60_500, &[]);
+    assert_eq!((table.waiting.len(), table.next_due()), (1, None));
+    table.dump(120_500, &[]);
     assert_eq!(table.waiting.len(), 0);
+    // One of which the kernel never tells is forgotten.
+    table.dump(121_000, &[syn(2, 119)]);
+    table.decide(&syn(2, 0).key);
+    table.dump(121_500, &[]);
+    table.dump(121_500 + 119_999, &[]);
+    assert_eq!(table.waiting.len(), 1);
+    table.dump(121_500 + 120_000, &[]);
+    assert_eq!(table.waiting.len(), 0);
+}
+
+/// Another entry of the same tuple.
+fn with_id(entry: Entry, id: u32) -> Entry {
+    Entry { id, ..entry }
+}
+
+#[test]
+fn a_syn_that_is_sent_again_is_the_same_attempt_by_another_entry() {
+    let mut table = Table::new();
+    let pod = |text: &str| text.parse().expect("an address");
+    table.dump(0, &[syn(1, 119)]);
+    // Its entry has died, the SYN was sent again, and to another pod.
+    let again = Entry {
+        real_destination: pod("10.2.0.9:5432"),
+        ..with_id(syn(1, 119), 7)
+    };
+    table.dump(2000, std::slice::from_ref(&again));
+    let due = table.due(3500).expect("due since the first");
+    assert_eq!((due.id, due.sent, due.since), (7, 2, table.at(0)));
+    assert_eq!(due.real_destination, pod("10.2.0.9:5432"));
+    table.decide(&due.key);
+    // And again, after a while without an entry.
+    table.dump(4000, &[]);
+    table.dump(100_000, &[with_id(syn(1, 119), 8)]);
+    assert_eq!((table.waiting.len(), table.next_due()), (1, None));
+    // Much later the port is used for something else.
+    table.dump(101_000, &[]);
+    table.dump(300_000, &[]);
+    table.dump(300_500, &[with_id(syn(1, 119), 9)]);
+    assert!(table.next_due().is_some());
+}
+
+#[test]
+fn a_query_by_another_entry_is_another_query() {
+    let query = entry(1, Protocol::UDP, 53, 29);
+    let mut table = Table::new();
+    table.dump(0, std::slice::from_ref(&query));
+    table.decide(&query.key);
+    table.dump(500, &[with_id(query.clone(), 7)]);
+    let due = table.next_due().expect("another");
+    assert!(due > 500, "{due}");
+    table.dump(1000, &[with_id(query.clone(), 7)]);
+    assert_eq!(table.next_due(), Some(due));
+    table.decide(&query.key);
+    // Another at the same address has the same id.
+    table.dump(1500, &[]);
+    table.dump(2000, &[with_id(query.clone(), 7)]);
+    assert!(table.next_due().is_some_and(|due| due > 2000));
+    assert_eq!((table.waiting.len(), table.waiting.due.len()), (1, 1));
+}
+
+#[test]
+fn what_died_may_go_on() {
+    let mut table = Table::new();
+    table.dump(0, &[syn(1, 119)]);
+    table.destroyed(100, &syn(1, 0));
+    table.dump(500, &[with_id(syn(1, 119), 7)]);
+    // Its first entry's end is told late: it is no end of the attempt.
+    table.destroyed(600, &syn(1, 0));
+    table.dump(3500, &[with_id(syn(1, 119), 7)]);
+    let due = table.due(3500).expect("due");
+    assert_eq!((due.now, due.since), (Known::Waits, table.at(0)));
+    // Answered at last.
+    table.dump(4000, &[]);
+    assert_eq!((table.waiting.len(), table.next_due()), (0, None));
 }
 
 #[test]
 fn one_that_a_dump_missed_is_not_reported_again() {
     let mut table = Table::new();
     table.dump(0, &[syn(1, 119)]);
-    table.waiting.decide(&syn(1, 0).key);
+    table.decide(&syn(1, 0).key);
     table.dump(500, &[]);
     table.dump(1000, &[syn(1, 119)]);
     table.dump(200_000, &[syn(1, 119)]);
     assert_eq!((table.waiting.len(), table.next_due()), (1, None));
-}
-
-#[test]
-fn one_is_put_off() {
-    let mut table = Table::new();
-    table.dump(0, &[syn(1, 119)]);
-    let due = table.due(10_000).expect("due");
-    table.waiting.put_off(&due.key, table.at(20_000));
-    assert_eq!((table.due(19_999), table.next_due()), (None, Some(20_000)));
-    assert!(table.due(20_000).is_some());
-    table.waiting.forget(&due.key);
-    assert!(table.waiting.due.is_empty() && table.waiting.entries.is_empty());
 }
 
 #[test]

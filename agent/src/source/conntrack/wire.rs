@@ -24,7 +24,7 @@ const CTA_COUNTERS_ORIG: u16 = 9;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_TIMESTAMP: u16 = 20;
-/// Linux 5.18 on; an older kernel ignores it.
+/// Linux 6.1 has it; a kernel that has not ignores it.
 const CTA_STATUS_MASK: u16 = 26;
 /// In `CTA_TUPLE_ORIG`.
 const CTA_TUPLE_ZONE: u16 = 3;
@@ -50,6 +50,9 @@ const UNREPLIED: Status = Status::Confirmed;
 pub(super) struct Entry {
     /// What names it.
     pub key: Key,
+    /// `CTA_ID`: a hash of what the entry is in the kernel; a later one of the same tuple has another,
+    /// unless it lies at the same address.
+    pub id: u32,
     /// Where its packets really go: whom the answer would come from.
     pub real_destination: SocketAddr,
     /// Whether it is confirmed and nobody answered.
@@ -112,7 +115,7 @@ pub(super) fn get(tuple: &Tuple, zone: Zone, sequence: u32) -> Vec<u8> {
 }
 
 /// The request for all entries; with `filtered`, for those alone that nobody answered, which
-/// kernels before 5.18 do not heed.
+/// older kernels do not heed.
 pub(super) fn dump(filtered: bool, sequence: u32) -> Vec<u8> {
     let attributes = if filtered {
         vec![
@@ -243,13 +246,12 @@ fn entry(attributes: &[ConntrackAttribute]) -> Result<Option<Entry>, DecodeError
     let mut original = None;
     let mut reply = None;
     let mut zone = Zone::default();
-    let mut id = 0;
     let mut entry = Entry {
         key: Key {
-            id,
             tuple: Tuple::new(Protocol(0), NOWHERE, NOWHERE),
             zone,
         },
+        id: 0,
         real_destination: NOWHERE,
         unreplied: false,
         syn_sent: false,
@@ -272,7 +274,7 @@ fn entry(attributes: &[ConntrackAttribute]) -> Result<Option<Entry>, DecodeError
             ConntrackAttribute::CtaTimeout(seconds) => entry.expires_in_s = Some(*seconds),
             ConntrackAttribute::CtaProtoInfo(infos) => entry.syn_sent = is_syn_sent(infos),
             ConntrackAttribute::Other(nla) => match nla.kind() & KIND {
-                CTA_ID => id = u32::from_be_bytes(value(nla)?),
+                CTA_ID => entry.id = u32::from_be_bytes(value(nla)?),
                 CTA_ZONE => {
                     zone = Zone {
                         id: u16::from_be_bytes(value(nla)?),
@@ -290,7 +292,6 @@ fn entry(attributes: &[ConntrackAttribute]) -> Result<Option<Entry>, DecodeError
         return Ok(None);
     };
     entry.key = Key {
-        id,
         tuple: original,
         zone,
     };

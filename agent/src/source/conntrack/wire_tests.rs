@@ -67,7 +67,7 @@ fn a_dump_entry_by_entry() {
     let (id, of_tuple) = (9, true);
     assert_eq!(to_port(&entries, 6000).key.zone, Zone { id, of_tuple });
 
-    let mut ids: Vec<u32> = entries.iter().map(|entry| entry.key.id).collect();
+    let mut ids: Vec<u32> = entries.iter().map(|entry| entry.id).collect();
     ids.sort_unstable();
     ids.dedup();
     assert!(ids.len() == 5 && ids[0] != 0, "{ids:?}");
