@@ -236,7 +236,7 @@ fn by_cgroup_in_a_namespace_that_comes_and_goes() -> Result<()> {
             .context("put a process into the pod's cgroup")?;
         let at = (std::net::Ipv4Addr::LOCALHOST, PORT).into();
         let listener = traffic::deaf_listener(at, 0)?;
-        // The agent looks once in two seconds: most of these come before it knows.
+        // The agent looks once in three seconds: most of these come before it knows.
         traffic::connects(at, CONNECTS);
         let lost = since(&Snmp::here()?, &Snmp::default());
         ensure!(lost.0 > 5, "{lost:?}");
@@ -256,13 +256,7 @@ fn by_cgroup_in_a_namespace_that_comes_and_goes() -> Result<()> {
         found.as_ref().is_some_and(|found| found.as_str() == uid),
         "{found:?}"
     );
-    // The namespace is gone; a second look at nothing changes nothing.
-    let errors = |samples: &[Sample]| {
-        let mut errors = samples.iter().filter(|s| s.name == "whydrop_errors_total");
-        errors
-            .find(|s| s.label("stage") == "accept_queues")
-            .map(|s| s.value)
-    };
+    // The namespace is gone, and no error.
     let samples = agent.metrics()?;
     ensure!(shown(&samples, &lab.namespace(), "short-lived") == Some(lost));
     ensure!(errors(&samples) == Some(0.0), "{:?}", errors(&samples));
@@ -335,12 +329,33 @@ fn asked_whether_a_listener_overflowed() -> Result<()> {
 
 /// Without the right to see other processes it says so, and the rest goes on.
 #[test]
-fn without_the_right_to_see_namespaces() -> Result<()> {
+fn without_the_right_to_see_processes() -> Result<()> {
+    without("-sys_ptrace", 0.0, "CAP_SYS_PTRACE")
+}
+
+/// Without the right to enter namespaces those without a process are left out.
+#[test]
+fn without_the_right_to_enter_namespaces() -> Result<()> {
+    without("-sys_admin", 1.0, "CAP_SYS_ADMIN")
+}
+
+fn without(capability: &str, up: f64, said: &str) -> Result<()> {
     let lab = Lab::new()?;
-    let wrapper = ["setpriv", "--bounding-set", "-sys_ptrace"];
+    let wrapper = ["setpriv", "--bounding-set", capability];
     let agent = Agent::start_by(&wrapper, &lab.node(), &objects::list(&lab), &[])?;
-    wait_for_source(&agent, 0.0)?;
-    ensure!(agent.log().contains("CAP_SYS_PTRACE"), "{}", agent.log());
+    wait_for_source(&agent, up)?;
+    ensure!(agent.log().contains(said), "{}", agent.log());
+    let _full = fill(&lab, Family::V4)?;
+    // Whatever it cannot see it does not lay to anyone, and it is no error.
+    let status = agent.get("/readyz")?.0;
+    ensure!(status == 200, "/readyz answers {status}");
+    ensure!(errors(&agent.metrics()?) == Some(0.0));
     ensure!(agent.stop()?.success());
     Ok(())
+}
+
+fn errors(samples: &[Sample]) -> Option<f64> {
+    let mut errors = samples.iter().filter(|s| s.name == "whydrop_errors_total");
+    let errors = errors.find(|s| s.label("stage") == "accept_queues");
+    errors.map(|s| s.value)
 }

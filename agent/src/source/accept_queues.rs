@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
@@ -29,12 +29,12 @@ const HOOK: &str = "/proc/PID/net/netstat";
 const LOST_WITHOUT: &str = "connections lost to a full accept queue are not counted";
 
 /// How often the counters are read, and how often namespaces are looked for. Where a node has so
-/// many that it would take more than [`SHARE`] of a CPU, less often.
+/// many that a reading takes more than 1 % of a CPU, or a scan 0.25 %, less often.
 const READ_EVERY: Duration = Duration::from_secs(1);
-const SCAN_EVERY: Duration = Duration::from_secs(2);
-/// A part in so many of one CPU's time for each of the two.
-const SHARE: u32 = 100;
-/// The longest pause after scans that failed.
+const READ_SHARE: u32 = 100;
+const SCAN_EVERY: Duration = Duration::from_secs(3);
+const SCAN_SHARE: u32 = 400;
+/// The longest pause after failures.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
 
 /// How long losses wait for their pod to be known: the address of a new one shows in its object a
@@ -136,6 +136,7 @@ struct Queues {
 /// The accept queues of all namespaces.
 #[derive(Debug)]
 pub struct AcceptQueues {
+    proc: PathBuf,
     namespaces: Namespaces,
     queues: Mutex<Queues>,
     /// Readings that failed, and looks at namespaces.
@@ -160,6 +161,7 @@ impl AcceptQueues {
 
     fn at(proc: &Path, errors: Arc<AtomicU64>) -> Self {
         Self {
+            proc: proc.to_owned(),
             namespaces: Namespaces::default(),
             queues: Mutex::new(Queues {
                 reader: Reader::new(proc),
@@ -243,31 +245,34 @@ impl AcceptQueues {
         mut settle: impl FnMut(&Namespace, Counts, bool) -> Settled,
         mut status: impl FnMut(SourceStatus),
     ) {
-        let mut scanner = Scanner::default();
+        let mut scanner = Scanner::new(&self.proc);
+        let mut scanned = Err(String::new());
+        let mut scan_at = Instant::now();
         let mut said: Option<SourceStatus> = None;
         let mut failures = 0;
-        let mut scan_at = Instant::now();
-        let mut scanned = Err("not looked at yet".to_owned());
         loop {
-            let mut pause = READ_EVERY;
-            if Instant::now() >= scan_at {
-                let started = cpu_time();
-                scanned = self.scan(&mut scanner);
-                failures = if scanned.is_ok() { 0 } else { failures + 1 };
-                scan_at = Instant::now()
-                    + pause_after(SCAN_EVERY, cpu_time().saturating_sub(started), failures);
+            if scanned.is_err() || Instant::now() >= scan_at {
+                let (result, took) = timed(|| self.scan(&mut scanner));
+                scanned = result;
+                scan_at = Instant::now() + SCAN_EVERY.max(took * SCAN_SHARE);
             }
-            if scanned.is_ok() {
-                let started = cpu_time();
-                self.read_all();
-                pause = pause_after(READ_EVERY, cpu_time().saturating_sub(started), 0);
-            }
+            let ((), took) = timed(|| {
+                if scanned.is_ok() {
+                    self.read_all();
+                }
+            });
             self.settle(Instant::now(), &mut settle);
             let now = self.status(&scanned);
+            failures = match &now {
+                Ok(_) => 0,
+                Err(_) => failures + 1,
+            };
+            let now = status_of(&now);
             if said.as_ref() != Some(&now) {
                 said = Some(now.clone());
                 status(now);
             }
+            let pause = pause_after(failures).max(took * READ_SHARE);
             if !matches!(stop.recv_timeout(pause), Err(RecvTimeoutError::Timeout)) {
                 return;
             }
@@ -367,10 +372,10 @@ impl AcceptQueues {
         }
     }
 
-    fn status(&self, scanned: &Result<Scan, String>) -> SourceStatus {
-        let readable = lock(&self.queues).readable.clone();
-        let scan = scanned.clone().and_then(|scan| readable.map(|()| scan));
-        status(&scan)
+    /// What the last scan saw, or why the counters cannot be read.
+    fn status(&self, scanned: &Result<Scan, String>) -> Result<Scan, String> {
+        let scan = scanned.clone()?;
+        lock(&self.queues).readable.clone().map(|()| scan)
     }
 }
 
@@ -427,16 +432,16 @@ fn listens_in_vain(tcp: &str, port: u16) -> bool {
 /// Whether it works here, for `whydrop check`: one scan, and one reading of the node's counters.
 pub fn probe() -> SourceStatus {
     let queues = AcceptQueues::new(Arc::default());
-    let scanned = queues.scan(&mut Scanner::default());
+    let scanned = queues.scan(&mut Scanner::new(&queues.proc));
     if let Some(host) = queues.namespaces.all().values().find(|n| n.host) {
         let mut state = lock(&queues.queues);
         state.readable = queues.read(&mut state, host);
     }
-    queues.status(&scanned)
+    status_of(&queues.status(&scanned))
 }
 
 /// What is said of the source: it works even where some namespaces are left out, which is said.
-fn status(scanned: &Result<Scan, String>) -> SourceStatus {
+fn status_of(scanned: &Result<Scan, String>) -> SourceStatus {
     let (up, why) = match scanned {
         Err(why) => (false, Some(why.clone())),
         Ok(scan) => (!scan.is_blind(), left_out(scan)),
@@ -467,17 +472,19 @@ fn left_out(scan: &Scan) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join("; "))
 }
 
-/// The pause after work that took so much CPU time, or that failed so many times in a row.
-fn pause_after(every: Duration, took: Duration, failures: u32) -> Duration {
-    if failures > 0 {
-        return (every * 2_u32.saturating_pow(failures)).min(MAX_PAUSE);
-    }
-    every.max(took * SHARE)
+/// The pause until the next reading, after so many failures in a row.
+fn pause_after(failures: u32) -> Duration {
+    (READ_EVERY * 2_u32.saturating_pow(failures)).min(MAX_PAUSE)
 }
 
-/// CPU time of this thread; zero where the kernel does not tell.
-fn cpu_time() -> Duration {
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+/// What something comes to, and the CPU time of this thread that it takes.
+fn timed<T>(run: impl FnOnce() -> T) -> (T, Duration) {
+    // Where the kernel does not tell it seems to take none.
+    let now =
+        || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
+    let before = now();
+    let result = run();
+    (result, now().saturating_sub(before))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! devices; the node's own is never a pod's.
 //!
 //! A scan reads one link a process, and the list of mounts if it changed; only what is new is
-//! looked at closer, and what is known once a minute.
+//! looked at closer, and what is known every minute or two.
 //!
 //! What cannot be told: a namespace that a thread or an open file alone kept, and that gets its
 //! first process later, seems to be new then.

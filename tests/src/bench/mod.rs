@@ -6,6 +6,7 @@
 //! | [`cost`] | `cost`, `sender`: what a drop costs |
 //! | [`passing`] | `passing`: what traffic costs that is not dropped |
 //! | [`upkeep`] | `memory`, `idle`: what the agent takes by being there |
+//! | [`namespaces`] | `namespaces`: what a node full of network namespaces takes |
 //! | [`answers`] | `latency`, `scrape`: how soon it says what it knows |
 //!
 //! What they share: [`report`] (tables, JSON), [`flows`] (traffic over many flows), [`watch`] (who
@@ -21,6 +22,7 @@ pub mod cost;
 pub mod exactness;
 pub mod flows;
 pub mod kernel;
+pub mod namespaces;
 pub mod passing;
 pub mod report;
 pub mod upkeep;
@@ -41,7 +43,7 @@ pub struct Benchmark {
 }
 
 /// All of them, in the order in which they run.
-pub const ALL: [Benchmark; 9] = [
+pub const ALL: [Benchmark; 10] = [
     Benchmark {
         name: "flood",
         about: "1,000,000 drops as fast as possible, over 5,000 flows, in each family",
@@ -76,6 +78,11 @@ pub const ALL: [Benchmark; 9] = [
         name: "idle",
         about: "an agent with nothing to see",
         run: upkeep::idle,
+    },
+    Benchmark {
+        name: "namespaces",
+        about: "200 network namespaces with 2,000 processes, and 2,000 cgroups",
+        run: namespaces::namespaces,
     },
     Benchmark {
         name: "latency",

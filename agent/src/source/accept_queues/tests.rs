@@ -186,7 +186,7 @@ fn what_is_missing_is_said() {
     let mut node = Node::new();
     let scan = node.queues.scan(&mut node.scanner);
     node.queues.read_all();
-    let status = node.queues.status(&scan);
+    let status = status_of(&node.queues.status(&scan));
     assert!(
         status.up && status.why.is_none() && status.lost.is_none(),
         "{status:?}"
@@ -195,39 +195,70 @@ fn what_is_missing_is_said() {
     node.fake
         .write("1/net/netstat", "TcpExt: ArpFilter\nTcpExt: 1\n");
     node.queues.read_all();
-    let status = node.queues.status(&scan);
+    let status = status_of(&node.queues.status(&scan));
     assert!(!status.up && status.lost.is_some());
     assert!(status.why.unwrap().contains("ListenOverflows"));
     assert_eq!(node.errors(), 1);
-    let status_of = |scan| super::status(&Ok(scan));
-    let partly = status_of(Scan {
+    let of = |scan| status_of(&Ok(scan));
+    let partly = of(Scan {
         processes: 9,
         closed: 2,
         ..Scan::default()
     });
     assert!(partly.up && partly.why.unwrap().contains("CAP_SYS_ADMIN"));
-    let nearly = status_of(Scan {
+    let nearly = of(Scan {
         processes: 70,
         refused: 1,
         ..Scan::default()
     });
     assert!(nearly.up && nearly.why.unwrap().contains("some processes"));
-    let blind = status_of(Scan {
+    let blind = of(Scan {
         processes: 2,
         refused: 70,
         ..Scan::default()
     });
     assert!(!blind.up && blind.why.unwrap().contains("CAP_SYS_PTRACE"));
-    assert!(!super::status(&Err("cannot read /proc".to_owned())).up);
+    assert!(!status_of(&Err("cannot read /proc".to_owned())).up);
 }
 
 #[test]
-fn pauses_grow_with_failures_and_with_work() {
-    let pause = |took_ms, failures| {
-        pause_after(SCAN_EVERY, Duration::from_millis(took_ms), failures).as_secs()
-    };
-    assert_eq!([0, 1, 2, 10, 40].map(|n| pause(0, n)), [2, 4, 8, 60, 60]);
-    assert_eq!([1, 20, 50].map(|took_ms| pause(took_ms, 0)), [2, 2, 5]);
+fn pauses_grow_with_failures() {
+    let pauses = [0, 1, 2, 5, 6, 40].map(|failures| pause_after(failures).as_secs());
+    assert_eq!(pauses, [1, 2, 4, 32, 60, 60]);
+}
+
+#[test]
+fn a_source_that_fails_is_tried_again() {
+    let node = Node::new();
+    node.fake.process(20, 7, &pod(1));
+    node.fake.netstat(20, 0, 0);
+    let (running, stop) = std::sync::mpsc::channel();
+    let (said, status) = std::sync::mpsc::channel();
+    let (lost, losses) = std::sync::mpsc::channel();
+    let (queues, fake) = (&node.queues, &node.fake);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let settle = |namespace: &Namespace, counts, _| {
+                lost.send((namespace.id, counts)).unwrap();
+                Settled::Done
+            };
+            queues.run(&stop, settle, |status| said.send(status).unwrap());
+        });
+        let is_up = || status.recv_timeout(Duration::from_secs(30)).unwrap().up;
+        assert!(is_up());
+        fake.write("1/net/netstat", "");
+        assert!(!is_up());
+        fake.netstat(20, 4, 4);
+        fake.netstat(1, 100, 100);
+        assert!(is_up());
+        drop(running);
+    });
+    let losses: Vec<_> = losses.try_iter().collect();
+    assert_eq!(
+        losses,
+        [(7, counts(4, 4))],
+        "what was lost meanwhile is counted"
+    );
 }
 
 #[test]

@@ -148,11 +148,18 @@ impl Visitor {
                     mut text,
                 } in asked
                 {
-                    let result = visit(&mount, id, file, &mut text);
-                    // Home before the answer: whoever stays keeps the namespace alive.
-                    if setns(&home, CloneFlags::CLONE_NEWNET).is_err()
-                        || answer.send((result, text)).is_err()
-                    {
+                    let result = match enter(&mount, id) {
+                        Ok(true) => {
+                            let result = read_here(file, &mut text);
+                            // Home before the answer: whoever stays keeps the namespace alive.
+                            if setns(&home, CloneFlags::CLONE_NEWNET).is_err() {
+                                return;
+                            }
+                            result
+                        }
+                        not_entered => not_entered,
+                    };
+                    if answer.send((result, text)).is_err() {
                         return;
                     }
                 }
@@ -168,12 +175,16 @@ impl Visitor {
 }
 
 /// `false` if another namespace, or none, is mounted there by now.
-fn visit(mount: &Path, id: u32, file: &str, text: &mut String) -> io::Result<bool> {
+fn enter(mount: &Path, id: u32) -> io::Result<bool> {
     let namespace = File::open(mount)?;
     if namespace.metadata()?.ino() != u64::from(id) {
         return Ok(false);
     }
     setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+    Ok(true)
+}
+
+fn read_here(file: &str, text: &mut String) -> io::Result<bool> {
     let opened = File::open(Path::new("/proc/thread-self/net").join(file))?;
     fill(opened, text).map(|()| true)
 }
