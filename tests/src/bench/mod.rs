@@ -7,6 +7,7 @@
 //! | [`passing`] | `passing`: what traffic costs that is not dropped |
 //! | [`quiet`] | `quiet`: what it costs with all sources on, by kind of traffic |
 //! | [`upkeep`] | `memory`, `idle`: what the agent takes by being there |
+//! | [`namespaces`] | `namespaces`: what a node full of network namespaces takes |
 //! | [`answers`] | `latency`, `scrape`: how soon it says what it knows |
 //! | [`silence`] | `silence`, `hang`: whether it tells what nobody answers, and how soon |
 //! | [`inflight`] | `inflight`: 100,000 connects that hang at once |
@@ -25,6 +26,7 @@ pub mod exactness;
 pub mod flows;
 pub mod inflight;
 pub mod kernel;
+pub mod namespaces;
 pub mod passing;
 pub mod quiet;
 pub mod report;
@@ -47,7 +49,7 @@ pub struct Benchmark {
 }
 
 /// All of them, in the order in which they run.
-pub const ALL: [Benchmark; 13] = [
+pub const ALL: [Benchmark; 14] = [
     Benchmark {
         name: "flood",
         about: "1,000,000 drops as fast as possible, over 5,000 flows, in each family",
@@ -82,6 +84,11 @@ pub const ALL: [Benchmark; 13] = [
         name: "idle",
         about: "an agent with nothing to see",
         run: upkeep::idle,
+    },
+    Benchmark {
+        name: "namespaces",
+        about: "200 network namespaces with 2,000 processes, and 2,000 cgroups",
+        run: namespaces::namespaces,
     },
     Benchmark {
         name: "latency",
