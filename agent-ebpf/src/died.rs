@@ -14,6 +14,8 @@ use crate::packet::{TCP, UDP};
 /// include/uapi/linux/netfilter/nf_conntrack_common.h
 const IPS_SEEN_REPLY: u32 = 1 << 1;
 const IPS_CONFIRMED: u32 = 1 << 3;
+/// include/uapi/linux/netfilter/nf_conntrack_tcp.h
+const TCP_CONNTRACK_SYN_SENT: u8 = 1;
 const PORT_DNS_BE: u16 = 53u16.to_be();
 
 /// `nf_conntrack_free(ct)`: every entry, whatever it died of (net/netfilter/nf_conntrack_core.c, 5.10
@@ -42,7 +44,13 @@ unsafe fn died(entry: u64) {
     let [protocol, _] = tuples[0].destination.rest;
     let asks =
         tuples[0].destination.port_be == PORT_DNS_BE || tuples[1].source.port_be == PORT_DNS_BE;
-    if protocol != TCP && !(protocol == UDP && asks) {
+    // A reset destroys an entry before it is noted as a reply, but not before it changes the state.
+    let mut state = 0u8;
+    let is_connect = protocol == TCP
+        && offset!(ct_tcp_state) != MISSING
+        && unsafe { copy(&mut state, entry + u64::from(offset!(ct_tcp_state))) }
+        && state == TCP_CONNTRACK_SYN_SENT;
+    if !is_connect && !(protocol == UDP && asks) {
         return;
     }
     let Some(mut event) = DIED.reserve::<Died>(0) else {

@@ -401,6 +401,8 @@ pub struct Offsets {
     pub ct_tuplehash: u32,
     /// `nf_conn.ct_net.net`
     pub ct_net: u32,
+    /// `nf_conn.proto.tcp.state`
+    pub ct_tcp_state: u32,
     /// 1 if the tracepoint has the drop reason (its typedef in BTF says so; distributions
     /// backport it).
     pub has_reason: u32,
@@ -446,6 +448,7 @@ impl Offsets {
         ct_status: MISSING,
         ct_tuplehash: MISSING,
         ct_net: MISSING,
+        ct_tcp_state: MISSING,
         has_reason: 0,
         reason_no_socket: MISSING,
     };

@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use whydrop::event::Line;
 
-use crate::lab::Lab;
+use crate::lab::{Lab, enter};
 use crate::objects;
 
 /// Until the agent must be ready: it reads the kernel's BTF and has its programs verified, on a
@@ -60,6 +60,8 @@ pub struct Received {
 pub struct Agent {
     child: Child,
     listen: SocketAddr,
+    /// The network namespace that it runs in, if that is not the test's.
+    netns: Option<String>,
     socket: PathBuf,
     received: Arc<Mutex<Vec<Received>>>,
     /// Objects, socket and log; removed with the agent.
@@ -100,6 +102,19 @@ impl Agent {
         Ok(agent)
     }
 
+    /// As [`Agent::start_with`], inside a network namespace, as the agent of a node is in the node's:
+    /// then conntrack can tell it where its pods' connections go.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub fn start_in(netns: &str, node: &str, objects: &Value, arguments: &[&str]) -> Result<Self> {
+        let path = format!("--net=/run/netns/{netns}");
+        let wrapper = ["nsenter", &path];
+        let agent = Self::spawn_in(Some(netns), directory(objects)?, &wrapper, node, arguments)?;
+        agent.follow()?;
+        Ok(agent)
+    }
+
     /// As [`Agent::start_with`], but nobody follows its events: for what is measured.
     ///
     /// # Errors
@@ -122,6 +137,16 @@ impl Agent {
     }
 
     fn spawn(
+        directory: tempfile::TempDir,
+        wrapper: &[&str],
+        node: &str,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        Self::spawn_in(None, directory, wrapper, node, arguments)
+    }
+
+    fn spawn_in(
+        netns: Option<&str>,
         directory: tempfile::TempDir,
         wrapper: &[&str],
         node: &str,
@@ -158,6 +183,7 @@ impl Agent {
         let mut agent = Self {
             child,
             listen,
+            netns: netns.map(str::to_owned),
             socket: path("agent.sock"),
             received: Arc::default(),
             directory,
@@ -284,7 +310,8 @@ impl Agent {
     /// # Errors
     /// Nobody answers, or not in HTTP.
     pub fn get(&self, path: &str) -> Result<(u16, String)> {
-        let mut stream = TcpStream::connect_timeout(&self.listen, START)
+        let mut stream = self
+            .connect()
             .with_context(|| format!("connect to the agent at {}", self.listen))?;
         stream.set_read_timeout(Some(START))?;
         write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
@@ -299,6 +326,23 @@ impl Agent {
             .and_then(|status| status.parse().ok())
             .with_context(|| format!("{path} answers {head:?}"))?;
         Ok((status, body.to_owned()))
+    }
+
+    /// A connection from the agent's own namespace.
+    fn connect(&self) -> Result<TcpStream> {
+        let connect = || TcpStream::connect_timeout(&self.listen, START);
+        let Some(netns) = &self.netns else {
+            return Ok(connect()?);
+        };
+        std::thread::scope(|scope| {
+            let entered = scope.spawn(|| {
+                enter(netns)?;
+                Ok(connect()?)
+            });
+            entered
+                .join()
+                .unwrap_or_else(|_| bail!("the thread in {netns} panicked"))
+        })
     }
 
     /// All of `/metrics`.

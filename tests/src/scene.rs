@@ -48,7 +48,7 @@ impl Scene {
         dropper: impl FnOnce(&Lab) -> Result<()>,
     ) -> Result<Self> {
         let objects = objects::list(&lab);
-        Self::built(lab, family, habit, &objects, &[], dropper)
+        Self::built(lab, family, habit, &objects, &[], None, dropper)
     }
 
     /// As [`Scene::new`], with arguments of the agent, and pods that have workloads.
@@ -76,7 +76,40 @@ impl Scene {
         let lab = Lab::new()?;
         let objects = objects::with_service_ports(objects::list(&lab), ports);
         let objects = objects::with_workloads(objects);
-        Self::built(lab, family, Habit::Connects, &objects, arguments, dropper)
+        Self::built(
+            lab,
+            family,
+            Habit::Connects,
+            &objects,
+            arguments,
+            None,
+            dropper,
+        )
+    }
+
+    /// As [`Scene::with_service`], where the router is the node: the agent runs in its namespace.
+    ///
+    /// # Errors
+    /// As [`Scene::new`].
+    pub fn on_the_node(
+        family: Family,
+        arguments: &[&str],
+        ports: &[(u16, &str, u16)],
+        dropper: impl FnOnce(&Lab) -> Result<()>,
+    ) -> Result<Self> {
+        let lab = Lab::new()?;
+        let objects = objects::with_service_ports(objects::list(&lab), ports);
+        let objects = objects::with_workloads(objects);
+        let at = Some(Host::Router);
+        Self::built(
+            lab,
+            family,
+            Habit::Connects,
+            &objects,
+            arguments,
+            at,
+            dropper,
+        )
     }
 
     fn built(
@@ -85,10 +118,14 @@ impl Scene {
         habit: Habit,
         objects: &Value,
         arguments: &[&str],
+        at: Option<Host>,
         dropper: impl FnOnce(&Lab) -> Result<()>,
     ) -> Result<Self> {
         dropper(&lab).context("install the dropper")?;
-        let agent = Agent::start_with(&lab.node(), objects, arguments)?;
+        let agent = match at {
+            None => Agent::start_with(&lab.node(), objects, arguments)?,
+            Some(host) => Agent::start_in(&lab.netns(host), &lab.node(), objects, arguments)?,
+        };
         let bystander = Bystander::start(&lab, family, habit)?;
         Ok(Self {
             bystander,

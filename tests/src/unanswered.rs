@@ -279,7 +279,7 @@ impl fmt::Display for Unanswered {
 fn key(lab: &Lab, line: &Value) -> Option<Key> {
     let source = &line["source"];
     let ip: IpAddr = source["ip"].as_str()?.parse().ok()?;
-    let ours = source["namespace"] == lab.namespace().as_str() || ip.is_loopback();
+    let ours = source["namespace"] == lab.namespace().as_str();
     let marker = line["destination"]["pod"] == "marker";
     (line["outcome"] == "unanswered" && ours && !marker).then(|| Key {
         from: SocketAddr::new(ip, line["source"]["port"].as_u64().unwrap_or(0) as u16),

@@ -366,7 +366,7 @@ fn service_of_its_own(family: Family) -> Result<()> {
 
 /// Where no drop tells the real end, conntrack does.
 fn elsewhere_behind_a_service(family: Family) -> Result<()> {
-    let scene = Scene::with_service(family, &timeouts(TIMEOUT_ARGUMENT), &SERVICE, |lab| {
+    let scene = Scene::on_the_node(family, &timeouts(TIMEOUT_ARGUMENT), &SERVICE, |lab| {
         rules(lab)?;
         dnat(lab, Host::Router, family, "prerouting")
     })?;

@@ -78,22 +78,37 @@ fn node_local(family: Family) -> Result<()> {
 }
 
 /// A scene whose Service leads to a server at another port, chosen at a host's hook.
-fn service_scene(family: Family, host: Host, hook: &str) -> Result<(Scene, Server)> {
+fn service_scene(
+    family: Family,
+    host: Host,
+    hook: &str,
+    is_on_node: bool,
+) -> Result<(Scene, Server)> {
     let ports = [(DNS, "UDP", REAL)];
-    let scene = Scene::with_service(family, &timeouts(TIMEOUT_ARGUMENT), &ports, |lab| {
-        rules(lab, REAL)?;
-        let (ip, service) = (family.nft(), lab.address(Place::Service, family));
-        let to = lab.socket(Place::Of(Host::Server), family, REAL);
-        lab.nft(
-            host,
-            &format!(
-                "table inet service {{ chain c {{ type nat hook {hook} priority -100;
+    let build = if is_on_node {
+        Scene::on_the_node
+    } else {
+        Scene::with_service
+    };
+    let scene = build(
+        family,
+        &timeouts(TIMEOUT_ARGUMENT),
+        &ports,
+        |lab: &whydrop_tests::lab::Lab| {
+            rules(lab, REAL)?;
+            let (ip, service) = (family.nft(), lab.address(Place::Service, family));
+            let to = lab.socket(Place::Of(Host::Server), family, REAL);
+            lab.nft(
+                host,
+                &format!(
+                    "table inet service {{ chain c {{ type nat hook {hook} priority -100;
                    {ip} daddr {service} udp dport {DNS} dnat {ip} to {to}
                  }}
                  }}"
-            ),
-        )
-    })?;
+                ),
+            )
+        },
+    )?;
     let at = scene.lab.socket(Place::Of(Host::Server), family, REAL);
     let server = Server::start(&scene.lab, Host::Server, at)?;
     Ok((scene, server))
@@ -145,14 +160,14 @@ fn service(
 
 /// The router chooses the pod, as a node does for its pods.
 fn behind_a_service(family: Family) -> Result<()> {
-    let (scene, _server) = service_scene(family, Host::Router, "prerouting")?;
+    let (scene, _server) = service_scene(family, Host::Router, "prerouting", false)?;
     service(scene, |_, _| Ok(Vec::new()))
 }
 
 /// The client's own namespace chooses it, as a node does for its own processes: on the wire there is
 /// no port 53 any more. What asks for that port itself is no DNS.
 fn service_of_its_own(family: Family) -> Result<()> {
-    let (scene, server) = service_scene(family, Host::Client, "output")?;
+    let (scene, server) = service_scene(family, Host::Client, "output", false)?;
     service(scene, |scene, sockets| {
         let asked = sockets.ask(id::FREE + 200, "ignore")?;
         let from = scene.lab.socket(Place::Of(Host::Client), family, 0);
@@ -176,7 +191,7 @@ fn service_of_its_own(family: Family) -> Result<()> {
 
 /// Where no drop tells the real end, conntrack does.
 fn elsewhere_behind_a_service(family: Family) -> Result<()> {
-    let (scene, _server) = service_scene(family, Host::Router, "prerouting")?;
+    let (scene, _server) = service_scene(family, Host::Router, "prerouting", true)?;
     let sockets = to_service(&scene)?;
     let asked = sockets.ask(id::FREE, "ignore")?;
     let wanted: Vec<Unanswered> = asked

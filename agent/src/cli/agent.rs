@@ -207,6 +207,7 @@ impl Observer {
             maps,
             attempts,
             events,
+            died,
             mut sources,
             reasons,
             has_reasons,
@@ -285,7 +286,7 @@ impl Observer {
         // The state is new, so nobody has set it.
         let _ = state.drainer.set(drainer);
         state.observing.store(true, Ordering::Relaxed);
-        let (forwarded, conntrack) = sources::watch_conntrack(state, options)?;
+        let (forwarded, conntrack) = sources::watch_conntrack(state, options, died)?;
         let decoder = Decoder::new(
             Names {
                 reasons,

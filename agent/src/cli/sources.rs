@@ -1,12 +1,15 @@
 //! The agent's sources that are threads of their own: what they are started with, and where what they
 //! find goes.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result};
+use aya::maps::{MapData, RingBuf};
 use jiff::Timestamp;
 use tokio::sync::mpsc;
+use whydrop_ebpf::attempt::Died;
 
 use crate::decode::Flow;
 use crate::decode::attempt::Attempt;
@@ -18,6 +21,7 @@ use crate::source::accept_queues::{Counts, Settled};
 use crate::source::conntrack::{self, LocalTuples, Lookup, Source, Tuple};
 use crate::source::load::Options;
 use crate::source::namespaces::Namespace;
+use crate::source::sys;
 use crate::state::State;
 use crate::sync::lock;
 
@@ -71,7 +75,11 @@ pub struct Forwarded {
 }
 
 /// Starts looking for connections that nobody answered and whose sender is no socket of this kernel.
-pub fn watch_conntrack(state: &Arc<State>, options: &Options) -> Result<(Forwarded, Conntrack)> {
+pub fn watch_conntrack(
+    state: &Arc<State>,
+    options: &Options,
+    died: RingBuf<MapData>,
+) -> Result<(Forwarded, Conntrack)> {
     let local = Arc::new(Mutex::new(LocalTuples::new()));
     let (sender, attempts) = mpsc::channel(ATTEMPTS_QUEUE);
     let mut source = None;
@@ -86,9 +94,7 @@ pub fn watch_conntrack(state: &Arc<State>, options: &Options) -> Result<(Forward
             local.clone(),
             Box::new(is_foreign),
         );
-        // A SYN that is not sent again within its first second was given up, or refused by an ICMP
-        // error, which conntrack does not show. With a shorter timeout nobody can know.
-        setup.resent_only = options.syn_timeout > Duration::from_millis(1_500);
+        setup.died = own_netns().map(|netns| next_died(died, netns));
         let started = Source::start(setup, sender).context("cannot start looking at conntrack")?;
         source = Some(started);
     }
@@ -100,6 +106,26 @@ pub fn watch_conntrack(state: &Arc<State>, options: &Options) -> Result<(Forward
     };
     let forwarded = Forwarded { source, attempts };
     Ok((forwarded, Conntrack { local, destination }))
+}
+
+/// Entries that died in this process' network namespace: those of others have a second one here.
+fn next_died(mut ring: RingBuf<MapData>, netns: u32) -> conntrack::NextDied {
+    Box::new(move || {
+        while let Some(item) = ring.next() {
+            if let Some(died) = sys::read::<Died>(&item)
+                && died.netns == netns
+            {
+                return Some(died);
+            }
+        }
+        None
+    })
+}
+
+/// Inode number of this process' network namespace.
+fn own_netns() -> Option<u32> {
+    let inode = std::fs::metadata("/proc/self/ns/net").ok()?.ino();
+    u32::try_from(inode).ok()
 }
 
 /// Whether attempts from an address are counted by nobody else: neither on another node, by the

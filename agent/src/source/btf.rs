@@ -136,6 +136,7 @@ fn from_btf(btf: &Btf) -> Result<KernelTypes, BtfError> {
         ct_status: optional("nf_conn.status"),
         ct_tuplehash: optional("nf_conn.tuplehash"),
         ct_net: optional("nf_conn.ct_net"),
+        ct_tcp_state: optional("nf_conn.proto.tcp.state"),
         has_reason: u32::from(has_reason(btf)),
         reason_no_socket: MISSING,
     };

@@ -73,6 +73,8 @@ pub struct Loaded {
     pub attempts: AttemptMaps,
     /// Detail.
     pub events: RingBuf<MapData>,
+    /// Conntrack entries that died unreplied, where kprobes are allowed.
+    pub died: RingBuf<MapData>,
     /// What works.
     pub sources: Vec<SourceStatus>,
     /// The kernel's names of drop reasons.
@@ -218,11 +220,13 @@ pub fn load(options: Options) -> Result<Loaded> {
         counts: PerCpuArray::try_from(Map::PerCpuArray(MapData::from_fd(counts)?))?,
     };
     let events = RingBuf::try_from(take(&mut ebpf, "EVENTS")?)?;
+    let died = RingBuf::try_from(take(&mut ebpf, "DIED")?)?;
     Ok(Loaded {
         ebpf,
         maps,
         attempts,
         events,
+        died,
         sources,
         reasons: types.reasons,
         has_reasons,

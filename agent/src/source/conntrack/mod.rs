@@ -40,6 +40,7 @@ pub use lookup::Lookup;
 pub use socket::Error;
 pub use stats::{ConntrackStats, stats};
 pub use tuple::Tuple;
+use whydrop_ebpf::attempt::Died;
 
 /// As in `whydrop_source_up{source}`.
 pub const SOURCE: &str = "conntrack";
@@ -61,6 +62,9 @@ pub enum Destroy {
     On,
 }
 
+/// The next entry that died unreplied, as the programs saw it; `None` if there is none now.
+pub type NextDied = Box<dyn FnMut() -> Option<Died> + Send>;
+
 /// What the source is started with.
 pub struct Setup {
     /// When a TCP connection attempt counts as unanswered.
@@ -73,6 +77,9 @@ pub struct Setup {
     /// Whether a sender is neither a pod of another node nor an address of a socket of this kernel:
     /// attempts of others are not reported. Asked when an attempt is decided, by the source's thread.
     pub is_foreign: IsForeign,
+    /// Entries of this namespace that died unreplied, where the programs see them: also those that the
+    /// dumps miss, and at no cost to others.
+    pub died: Option<NextDied>,
     /// Whether destroyed entries are followed as well.
     pub destroy: Destroy,
     /// Receive buffer for events of destroyed entries, in bytes.
@@ -94,6 +101,7 @@ impl Setup {
             dns_timeout,
             local,
             is_foreign,
+            died: None,
             destroy: Destroy::Off,
             // Some 1,500 events: 50 ms of the fastest node, and the thread reads at once.
             destroy_buffer_bytes: 2 << 20,

@@ -16,7 +16,7 @@ use super::socket::{Dumped, Socket};
 use super::stats::{entries, sysctl};
 use super::tuple::{Tuple, Zone};
 use super::waiting::{Due, Known, Times, Waiting, kind};
-use super::wire::Answer;
+use super::wire::{Answer, Entry};
 use super::{Destroy, Error, Setup};
 use crate::decode::Flow;
 use crate::decode::attempt::Attempt;
@@ -140,6 +140,7 @@ impl Thread {
             self.retry = FIRST_RETRY;
         }
         self.read_events()?;
+        self.read_died();
         self.decide_due()
     }
 
@@ -205,6 +206,20 @@ impl Thread {
     }
 
     /// Reads what the kernel has told of destroyed entries.
+    /// As many as their buffer holds.
+    fn read_died(&mut self) {
+        const MOST: usize = 512;
+        let Some(next) = &mut self.setup.died else {
+            return;
+        };
+        for died in std::iter::from_fn(next).take(MOST) {
+            if let Some(entry) = Entry::died(&died) {
+                let (now, wall_ns) = (Instant::now(), wall_ns());
+                self.waiting.died(&entry, &self.times, now, wall_ns);
+            }
+        }
+    }
+
     fn read_events(&mut self) -> Result<(), Error> {
         let Some(events) = self.link.as_mut().and_then(|link| link.events.as_mut()) else {
             return Ok(());

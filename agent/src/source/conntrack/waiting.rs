@@ -224,6 +224,14 @@ impl Waiting {
         self.end_dump(now);
     }
 
+    /// An entry has died unreplied; its id is not known.
+    pub fn died(&mut self, entry: &Entry, times: &Times, now: Instant, wall_ns: u64) {
+        match self.entries.get_mut(&entry.key) {
+            Some(state) if state.due.is_some() => state.died = true,
+            _ => self.destroyed(entry, times, now, wall_ns),
+        }
+    }
+
     /// The kernel has destroyed an entry.
     pub fn destroyed(&mut self, entry: &Entry, times: &Times, now: Instant, wall_ns: u64) {
         let kind = kind(entry);

@@ -3,6 +3,9 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use whydrop_ebpf::TupleEnd;
+use whydrop_ebpf::attempt::Died;
+
 use netlink_packet_core::{
     DecodeError, DefaultNla, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_ALIGNTO, NetlinkBuffer,
     NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla, NlasIterator,
@@ -16,6 +19,7 @@ use netlink_packet_netfilter::{
 };
 
 use super::tuple::{Key, Tuple, Zone};
+use crate::decode::address;
 use crate::event::Protocol;
 
 // Attributes that netlink-packet-netfilter 0.4 does not name.
@@ -66,6 +70,38 @@ pub(super) struct Entry {
     /// When its first packet was seen, in nanoseconds of Unix time, where `nf_conntrack_timestamp`
     /// is 1.
     pub start_ns: Option<u64>,
+}
+
+impl Entry {
+    /// One that died unreplied, as the programs saw it; `None` if its family is neither IPv4 nor IPv6.
+    /// Its zone is not known, so it is taken for the default one.
+    pub fn died(died: &Died) -> Option<Self> {
+        let [original, reply] = &died.tuples;
+        let version = match u16::from_ne_bytes(original.source.rest) {
+            2 => 4,
+            10 => 6,
+            _ => return None,
+        };
+        let end = |end: &TupleEnd| {
+            let ip = address(&end.address, version);
+            SocketAddr::new(ip, u16::from_be(end.port_be))
+        };
+        let [protocol, _] = original.destination.rest;
+        let (source, destination) = (end(&original.source), end(&original.destination));
+        Some(Self {
+            key: Key {
+                tuple: Tuple::new(Protocol(protocol), source, destination),
+                zone: Zone::default(),
+            },
+            id: 0,
+            real_destination: end(&reply.source),
+            unreplied: true,
+            syn_sent: true,
+            expires_in_s: None,
+            packets: None,
+            start_ns: None,
+        })
+    }
 }
 
 /// What a message from the kernel says.
