@@ -22,13 +22,14 @@ pub struct LastDrop {
     pub netns: u32,
     /// How many packets of the attempt this kernel dropped, either way; 0: the rest means nothing.
     pub packets: u32,
-    /// As in [`crate::FlowKey`], before any NAT of the dropped packet's namespace.
+    /// Port of `destination`.
     pub destination_port: u16,
     /// 1 if it was the answer that was dropped.
     pub is_answer: u8,
-    /// Zero.
-    pub pad: u8,
-    /// Where the dropped packet was going, if it was not the answer.
+    /// How many of the dropped packets the sender was told of; stays at 255.
+    pub told: u8,
+    /// The end that was asked, as the dropped packet had it: behind the DNAT, unless it was dropped before
+    /// that, or an answer after it was translated back.
     pub destination: [u8; 16],
 }
 
@@ -42,20 +43,24 @@ pub struct Connect {
     pub sent_ns: u64,
     /// The cgroup of the task that called `connect`.
     pub cgroup: u64,
-    /// The two ends, and whether a SYN was sent.
+    /// When its sender was first told that it was refused, same clock; 0 if it was not. Only what was
+    /// told before the timeout counts.
+    pub told_ns: u64,
+    /// The two ends as the socket sees them.
     pub tuple: Tuple,
+    /// The two ends as they leave the socket's namespace, where its conntrack translates them; zero
+    /// where it does not.
+    pub wire: Tuple,
     /// Inode number of the socket's network namespace.
     pub netns: u32,
     /// SYNs that were handed to a device.
     pub sent: u32,
     /// 4 or 6.
     pub ip_version: u8,
-    /// 1 if an error was reported to the socket.
-    pub told: u8,
     /// How it ended: `END_*`; only in the map of ended ones.
     pub end: u8,
     /// Zero.
-    pub pad: u8,
+    pub pad: [u8; 6],
     /// Its last packet that this kernel dropped.
     pub drop: LastDrop,
 }
@@ -105,6 +110,30 @@ pub struct QueryKey {
     pub id: u16,
 }
 
+/// A DNS query that was answered.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Answered {
+    /// When, `CLOCK_BOOTTIME` in nanoseconds.
+    pub answered_ns: u64,
+    /// Of its message.
+    pub hash: u64,
+    /// Who was asked last, as in [`Query`].
+    pub server: [u8; 16],
+}
+
+/// A socket that asks for names; the key of those that were told of an error.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ClientKey {
+    /// As in [`crate::FlowKey`].
+    pub client: [u8; 16],
+    /// Host order.
+    pub port: u16,
+    /// Zero.
+    pub pad: u16,
+}
+
 /// What is known of a DNS query.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,10 +151,16 @@ pub struct Query {
     pub cgroup: u64,
     /// Who was asked, last; before any DNAT.
     pub server: [u8; 16],
-    /// Its port, host order.
+    /// Who it was after a DNAT of the client's own namespace; zero if there was none.
+    pub real_server: [u8; 16],
+    /// Port of `server`, host order.
     pub server_port: u16,
+    /// Port of `real_server`, host order.
+    pub real_server_port: u16,
     /// How many bytes of `message` are the packet's.
     pub message_len: u16,
+    /// Zero.
+    pub pad: u16,
     /// Inode number of the client's network namespace.
     pub netns: u32,
     /// Packets sent.
@@ -135,7 +170,7 @@ pub struct Query {
     /// 6 or 17.
     pub protocol: u8,
     /// Zero.
-    pub pad: [u8; 2],
+    pub pad2: [u8; 6],
     /// Its last packet that this kernel dropped.
     pub drop: LastDrop,
     /// The message from its header on.
@@ -293,11 +328,12 @@ pub struct AttemptCpu {
 
 const _: () = assert!(size_of::<LastDrop>() == 40);
 const _: () = assert!(size_of::<Tuple>() == 36);
-const _: () = assert!(size_of::<Connect>() == 24 + 36 + 8 + 4 + 40);
+const _: () = assert!(size_of::<Connect>() == 32 + 2 * 36 + 8 + 8 + 40);
 const _: () = assert!(size_of::<EndedKey>() == 16);
 const _: () = assert!(size_of::<QueryKey>() == 20);
-const _: () = assert!(size_of::<Query>() == 40 + 16 + 16 + 40 + MESSAGE_LEN);
+const _: () = assert!(size_of::<Query>() == 40 + 32 + 8 + 16 + 40 + MESSAGE_LEN);
 const _: () = assert!(size_of::<QueryWork>() == 2 * size_of::<Query>() + 20 + 32 + 4 + 16);
+const _: () = assert!(size_of::<Answered>() == 32);
 const _: () = assert!(size_of::<TallyKey>() == 32);
 const _: () = assert!(size_of::<Tally>() == 16);
 const _: () = assert!(size_of::<Died>() == 8 + 112 + 8);

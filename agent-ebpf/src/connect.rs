@@ -11,13 +11,13 @@ use whydrop_ebpf::attempt::{
     AttemptCpu, Connect, END_ABANDONED, END_LATE, END_TIMED_OUT, EndedKey, LastDrop,
     RESULT_ABANDONED, RESULT_ESTABLISHED, RESULT_REFUSED, TALLY_CONNECT, TallyKey, Tuple,
 };
-use whydrop_ebpf::{FLAG_ENCAPSULATED, FlowKey, KIND_SYN, Work};
+use whydrop_ebpf::{FLAG_ENCAPSULATED, FlowKey, KIND_SYN, Packet, UNTOLD, Work};
 
 use crate::access::{copy, field};
 use crate::conntrack;
 use crate::maps::{CONNECTS, CPU, ENDED, SWEPT, SYNS, offset, setting};
-use crate::packet::TCP;
-use crate::tally;
+use crate::packet::{TCP, UDP};
+use crate::{dns, tally};
 
 /// `enum tcp_state` (include/net/tcp_states.h).
 pub const SYN_SENT: u8 = 2;
@@ -101,7 +101,7 @@ unsafe fn begin<const TYPED: bool>(sk: *const u8) {
 /// Fills in the two ends but for the source port, which is not chosen yet; returns the IP version of
 /// the packets.
 #[inline(always)]
-unsafe fn ends<const TYPED: bool>(sk: *const u8, tuple: &mut Tuple) -> u8 {
+pub unsafe fn ends<const TYPED: bool>(sk: *const u8, tuple: &mut Tuple) -> u8 {
     unsafe {
         tuple.destination_port = u16::from_be(field::<u16, TYPED>(sk, offset!(sock_dport)));
         if field::<u16, TYPED>(sk, offset!(sock_family)) == AF_INET6 {
@@ -133,7 +133,9 @@ unsafe fn end<const TYPED: bool>(sk: *const u8, new: i32) {
     let (connect, swept) = unsafe { (&mut *connect, &*swept) };
     counts.connects_ended += 1;
     let due_ns = connect.start_ns + setting!(syn_timeout_ns);
-    let (result, end) = if unsafe { bpf_ktime_get_boot_ns() } >= due_ns {
+    let is_late = unsafe { bpf_ktime_get_boot_ns() } >= due_ns;
+    let is_told = connect.told_ns != 0 && connect.told_ns < due_ns;
+    let (result, end) = if is_late && !is_told {
         // Unanswered, however it ends. The agent knows it if it has looked since.
         let is_known = due_ns <= unsafe { (&raw const swept.connects_ns).read_volatile() };
         (None, if is_known { 0 } else { END_LATE })
@@ -142,10 +144,7 @@ unsafe fn end<const TYPED: bool>(sk: *const u8, new: i32) {
     } else {
         let error = unsafe { field::<i32, TYPED>(sk, offset!(sock_err)) };
         let soft = unsafe { field::<i32, TYPED>(sk, offset!(sock_err_soft)) };
-        if connect.told != 0
-            || error != 0 && error != ETIMEDOUT
-            || soft != 0
-            || unsafe { failed_at_once(sk) }
+        if is_told || error != 0 && error != ETIMEDOUT || soft != 0 || unsafe { failed_at_once(sk) }
         {
             (Some(RESULT_REFUSED), 0)
         } else if error == ETIMEDOUT {
@@ -166,9 +165,12 @@ unsafe fn end<const TYPED: bool>(sk: *const u8, new: i32) {
         };
         tally::add(&key, 1, 0);
     }
+    // Not there if no SYN was sent, or the map was full.
     if connect.tuple.source_port != 0 {
-        // Not there if the map of SYNs was full.
         let _ = SYNS.remove(&connect.tuple);
+    }
+    if connect.wire.source_port != 0 {
+        let _ = SYNS.remove(&connect.wire);
     }
     if end != 0 {
         // Before it leaves the other map: the agent reads that one first, so it misses none.
@@ -197,19 +199,30 @@ unsafe fn failed_at_once(sk: *const u8) -> bool {
 
 #[inline(always)]
 unsafe fn error<const TYPED: bool>(sk: *const u8) {
-    if unsafe { field::<u8, TYPED>(sk, offset!(sock_state)) } != SYN_SENT
-        || unsafe { field::<i32, TYPED>(sk, offset!(sock_err)) } == ETIMEDOUT
+    let state = unsafe { field::<u8, TYPED>(sk, offset!(sock_state)) };
+    if state == SYN_SENT {
+        if unsafe { field::<i32, TYPED>(sk, offset!(sock_err)) } != ETIMEDOUT
+            && let Some(connect) = CONNECTS.get_ptr_mut(sk as u64)
+        {
+            told(unsafe { &mut *connect });
+        }
+    } else if setting!(dns) != 0
+        && unsafe { field::<u16, TYPED>(sk, offset!(sock_protocol)) } == UDP.into()
     {
-        return;
+        unsafe { dns::told::<TYPED>(sk) };
     }
-    if let Some(connect) = CONNECTS.get_ptr_mut(sk as u64) {
-        unsafe { (*connect).told = 1 };
+}
+
+#[inline(always)]
+fn told(connect: &mut Connect) {
+    if connect.told_ns == 0 {
+        connect.told_ns = unsafe { bpf_ktime_get_boot_ns() };
     }
 }
 
 /// Notes a SYN that its socket hands to a device.
 #[inline(never)]
-pub unsafe fn syn_sent<const TYPED: bool>(sk: *const u8) -> u32 {
+pub unsafe fn syn_sent<const TYPED: bool>(skb: *const u8, sk: *const u8) -> u32 {
     let socket = sk as u64;
     let Some(connect) = CONNECTS.get_ptr_mut(socket) else {
         return 0;
@@ -226,6 +239,10 @@ pub unsafe fn syn_sent<const TYPED: bool>(sk: *const u8) -> u32 {
         // Without room a drop elsewhere in this kernel does not find it; it is as large as the
         // other map, so there is room.
         let _ = SYNS.insert(&connect.tuple, socket, BPF_NOEXIST.into());
+        let nfct = unsafe { conntrack::nfct::<TYPED>(skb) };
+        if conntrack::translated_ends(nfct, &mut connect.wire) {
+            let _ = SYNS.insert(&connect.wire, socket, BPF_NOEXIST.into());
+        }
     }
     1
 }
@@ -256,7 +273,10 @@ pub unsafe fn dropped<const TYPED: bool>(sk: *const u8, nfct: u64, work: &mut Wo
     if own && connect.tuple.source_port == 0 {
         connect.tuple.source_port = work.packet.source_port;
     }
-    note_drop(&mut connect.drop, key, is_answer);
+    note_drop(&mut connect.drop, key, &work.packet, is_answer);
+    if work.packet.told != UNTOLD {
+        told(connect);
+    }
     1
 }
 
@@ -276,16 +296,22 @@ pub fn own_ends(key: &FlowKey, source_port: u16, is_answer: bool, tuple: &mut Tu
     }
 }
 
-/// Keeps where a packet of an attempt was dropped last.
+/// Keeps where a packet of an attempt was dropped last, and who its other end is there.
 #[inline(always)]
-pub fn note_drop(drop: &mut LastDrop, key: &FlowKey, is_answer: bool) {
+pub fn note_drop(drop: &mut LastDrop, key: &FlowKey, packet: &Packet, is_answer: bool) {
     drop.location = key.location;
     drop.reason = key.reason;
     drop.ifindex = key.ifindex;
     drop.netns = key.netns;
     drop.packets += 1;
+    if packet.told != UNTOLD {
+        drop.told = drop.told.saturating_add(1);
+    }
     drop.is_answer = u8::from(is_answer);
-    if !is_answer {
+    if is_answer {
+        drop.destination = key.source;
+        drop.destination_port = packet.source_port;
+    } else {
         drop.destination = key.destination;
         drop.destination_port = key.destination_port;
     }

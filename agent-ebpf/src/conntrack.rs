@@ -13,7 +13,8 @@ const INFO: u64 = 7;
 /// IP_CT_IS_REPLY (include/uapi/linux/netfilter/nf_conntrack_common.h); what is above it but not
 /// above 4 is a reply too, 7 is untracked.
 const IS_REPLY: u64 = 3;
-/// IPS_DST_NAT, same file.
+/// IPS_SRC_NAT and IPS_DST_NAT, same file.
+const SRC_NAT: u32 = 1 << 4;
 const DST_NAT: u32 = 1 << 5;
 
 /// `skb->_nfct`, 0 where the kernel has no conntrack.
@@ -87,6 +88,30 @@ pub fn original(nfct: u64, tuple: &mut Tuple) -> bool {
     tuple.destination = original.destination.address;
     tuple.source_port = u16::from_be(original.source.port_be);
     tuple.destination_port = u16::from_be(original.destination.port_be);
+    true
+}
+
+/// The two ends of a connection's packets behind the NAT of this namespace, as its replies have them
+/// reversed; false, and nothing filled in, where there is no NAT.
+#[inline(always)]
+pub fn translated_ends(nfct: u64, tuple: &mut Tuple) -> bool {
+    let mut status = 0u32;
+    let mut reply = TupleHash::default();
+    if entry(nfct) == 0
+        || offset!(ct_status) == MISSING
+        || !unsafe { copy(&mut status, entry(nfct) + u64::from(offset!(ct_status))) }
+        || status & (SRC_NAT | DST_NAT) == 0
+        || !unsafe {
+            let at = u64::from(offset!(ct_tuplehash)) + size_of::<TupleHash>() as u64;
+            copy(&mut reply, entry(nfct) + at)
+        }
+    {
+        return false;
+    }
+    tuple.source = reply.destination.address;
+    tuple.destination = reply.source.address;
+    tuple.source_port = u16::from_be(reply.destination.port_be);
+    tuple.destination_port = u16::from_be(reply.source.port_be);
     true
 }
 

@@ -12,18 +12,19 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::{btf_tracepoint, fentry, kprobe, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, FEntryContext, ProbeContext, RawTracePointContext};
 use whydrop_ebpf::attempt::{
-    LATENCY_BUCKETS_NS, LastDrop, MESSAGE_LEN, Query, QueryKey, QueryWork, TALLY_QUERY,
-    TALLY_RESPONSE, TallyKey, Tuple,
+    Answered, ClientKey, LATENCY_BUCKETS_NS, LastDrop, MESSAGE_LEN, Query, QueryKey, QueryWork,
+    TALLY_QUERY, TALLY_RESPONSE, TallyKey, Tuple,
 };
 use whydrop_ebpf::{
     FLAG_ENCAPSULATED, FLAG_LOCAL_DATAGRAM, FlowKey, KIND_DNS, MISSING, PerCpu, Work,
 };
 
 use crate::access::{atomic_add, copy, field};
-use crate::connect::{note_drop, own_ends};
+use crate::connect::{ends, note_drop, own_ends};
 use crate::conntrack;
 use crate::maps::{
-    CPU, QUERIES, QUERIES_FORGOTTEN, QUERIES_WAITING, QUERY_WORK, SWEPT, offset, setting,
+    ANSWERED, CLIENTS_TOLD, CPU, QUERIES, QUERIES_FORGOTTEN, QUERIES_WAITING, QUERY_WORK, SWEPT,
+    offset, setting,
 };
 use crate::packet::{self, UDP};
 use crate::tally;
@@ -33,6 +34,8 @@ const PORT_DNS: u16 = 53;
 const NOT_A_QUERY: u8 = 0xf8;
 /// The same packet passes each device of a stack within microseconds.
 const SAME_PACKET_NS: u64 = 1_000_000;
+/// Between the first and the last packet of one that asks several servers at once.
+const ASKED_AT_ONCE_NS: u64 = 500_000_000;
 const UDP_HEADER_BYTES: u32 = 8;
 
 /// `netif_receive_skb(skb)`: every packet that a device receives, so it looks at none while no query
@@ -163,17 +166,23 @@ unsafe fn note<const TYPED: bool>(skb: *const u8, sk: *const u8, work: &mut Work
     if let Some(known) = QUERIES.get_ptr_mut(&query_key) {
         let known = unsafe { &mut *known };
         if same_message(known, query) {
-            if known.skb != address || now - known.sent_ns > SAME_PACKET_NS {
+            if known.skb != address
+                || known.server != tuple.destination
+                || now - known.sent_ns > SAME_PACKET_NS
+            {
                 known.sent += 1;
                 known.skb = address;
             }
             known.sent_ns = now;
             known.server = tuple.destination;
             known.server_port = tuple.destination_port;
+            real_server(nfct, known);
             return 1;
         }
         // The id is used again for another question. What was asked before is over.
         known_here = true;
+    } else if is_answered(&query_key, query, &tuple, now) {
+        return 1;
     }
     query.start_ns = now;
     query.sent_ns = now;
@@ -185,7 +194,9 @@ unsafe fn note<const TYPED: bool>(skb: *const u8, sk: *const u8, work: &mut Work
     query.sent = 1;
     query.ip_version = work.key.ip_version;
     query.protocol = UDP;
-    query.pad = [0; 2];
+    query.pad = 0;
+    query.pad2 = [0; 6];
+    real_server(nfct, query);
     query.drop = LastDrop::default();
     query.netns = unsafe {
         let net = field::<*const u8, TYPED>(sk, offset!(sock_net));
@@ -209,6 +220,58 @@ unsafe fn note<const TYPED: bool>(skb: *const u8, sk: *const u8, work: &mut Work
         counts.queries_lost += 1;
     }
     tally::add(&tally_key, 1, 0)
+}
+
+/// Keeps where a query really goes, if its own namespace translates it.
+#[inline(always)]
+fn real_server(nfct: u64, query: &mut Query) {
+    let mut wire = Tuple::default();
+    // Zeroes where it does not.
+    conntrack::translated_ends(nfct, &mut wire);
+    query.real_server = wire.destination;
+    query.real_server_port = wire.destination_port;
+}
+
+/// Notes that a socket connected to port 53 was told of an error: by ICMP, whose quoted query is gone by
+/// now, so it stands for what the socket asked before.
+#[inline(always)]
+pub unsafe fn told<const TYPED: bool>(sk: *const u8) {
+    let mut tuple = Tuple::default();
+    unsafe { ends::<TYPED>(sk, &mut tuple) };
+    if tuple.destination_port != PORT_DNS || !someone_waits() {
+        return;
+    }
+    let key = ClientKey {
+        client: tuple.source,
+        port: unsafe { field::<u16, TYPED>(sk, offset!(sock_num)) },
+        pad: 0,
+    };
+    let now = unsafe { bpf_ktime_get_boot_ns() };
+    let _ = CLIENTS_TOLD.insert(&key, now, BPF_ANY.into());
+}
+
+/// Whether this is the same query to another server that one has answered already: whoever asks
+/// several at once may be answered before it has asked the last.
+#[inline(always)]
+fn is_answered(key: &QueryKey, query: &Query, tuple: &Tuple, now: u64) -> bool {
+    ANSWERED.get_ptr(key).is_some_and(|answered| {
+        let answered = unsafe { &*answered };
+        now - answered.answered_ns < ASKED_AT_ONCE_NS
+            && answered.server != tuple.destination
+            && answered.hash == hash(query)
+    })
+}
+
+/// A number that differs for different messages, as good as always.
+#[inline(always)]
+fn hash(query: &Query) -> u64 {
+    // FNV-1a by words.
+    let mut hash = 0xcbf2_9ce4_8422_2325;
+    for i in 0..MESSAGE_LEN / 8 {
+        hash ^= unsafe { words(query).add(i).read_volatile() };
+        hash = u64::wrapping_mul(hash, 0x0100_0000_01b3);
+    }
+    hash
 }
 
 /// Whether two queries are the same to the byte.
@@ -288,12 +351,13 @@ unsafe fn received<const TYPED: bool>(skb: *const u8) {
             return;
         }
     }
-    let protocol = if header[0] >> 4 == 4 {
-        header[9]
+    let may_be_udp = if header[0] >> 4 == 4 {
+        header[9] == UDP
     } else {
-        header[6]
+        // A long answer comes in fragments, of which the first has the DNS header.
+        header[6] == UDP || packet::is_extension(header[6])
     };
-    if protocol != UDP {
+    if !may_be_udp {
         return;
     }
     unsafe {
@@ -339,7 +403,13 @@ unsafe fn answer<const TYPED: bool>(skb: *const u8, netns: u32) -> u32 {
         return 0;
     };
     let query = unsafe { &mut *query };
-    if query.netns != netns || query.answered_ns != 0 {
+    // From the port that was asked, as a resolver checks it; from which address is not known, because
+    // only the last of several servers is kept.
+    let port = work.packet.source_port;
+    if query.netns != netns
+        || query.answered_ns != 0
+        || port != query.server_port && port != query.real_server_port
+    {
         return 0;
     }
     let now = unsafe { bpf_ktime_get_boot_ns() };
@@ -358,6 +428,12 @@ unsafe fn answer<const TYPED: bool>(skb: *const u8, netns: u32) -> u32 {
     at_hand.answered_tally = tally_key;
     at_hand.answered_latency_ns = latency_ns;
     unsafe { copy_nonoverlapping(&raw const *query, &raw mut at_hand.answered, 1) };
+    let answered = Answered {
+        answered_ns: now,
+        hash: hash(query),
+        server: query.server,
+    };
+    let _ = ANSWERED.insert(&key, answered, BPF_ANY.into());
     let due_ns = query.start_ns + setting!(dns_timeout_ns);
     if now >= due_ns && due_ns > unsafe { (*swept).queries_ns } {
         // Too late, and the agent has not seen that it waited.
@@ -395,7 +471,14 @@ pub unsafe fn dropped<const TYPED: bool>(
     work: &mut Work,
 ) -> u32 {
     let is_answer = work.packet.is_response != 0;
-    if is_answer && !someone_waits() && !was_answered() {
+    // Behind a Service a query goes to another port: then only its id tells that it is one.
+    let is_of_interest = someone_waits()
+        || if is_answer {
+            was_answered()
+        } else {
+            work.key.kind == KIND_DNS
+        };
+    if !is_of_interest {
         return 0;
     }
     let mut tuple = Tuple::default();
@@ -422,7 +505,8 @@ pub unsafe fn dropped<const TYPED: bool>(
         found = QUERIES.get_ptr_mut(&key);
     }
     let Some(query) = found else { return 0 };
-    note_drop(unsafe { &mut (*query).drop }, &work.key, is_answer);
+    let drop = unsafe { &mut (*query).drop };
+    note_drop(drop, &work.key, &work.packet, is_answer);
     1
 }
 

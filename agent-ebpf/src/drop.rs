@@ -111,6 +111,7 @@ unsafe fn count_flow<C, const TYPED: bool>(
         told = UNTOLD;
     }
 
+    packet.told = told;
     unsafe { attempt::<TYPED>(skb, nfct, work) };
     let Work { key, packet, .. } = work;
 
@@ -137,7 +138,6 @@ unsafe fn count_flow<C, const TYPED: bool>(
     if !may_send(cpu, control, count, key.kind) {
         return;
     }
-    packet.told = told;
     let wake = cpu.events <= EVENTS_THAT_WAKE || cpu.events.is_multiple_of(EVENTS_A_WAKE);
     if !unsafe { send::<TYPED>(skb, key, packet, generation, wake) } {
         cpu.ring_full += 1;
@@ -155,7 +155,7 @@ unsafe fn attempt<const TYPED: bool>(skb: *const u8, nfct: u64, work: &mut Work)
         }
     } else if setting!(dns) != 0
         && work.key.protocol == UDP
-        && (work.key.kind == KIND_DNS || work.packet.is_response != 0)
+        && (work.packet.is_query != 0 || work.packet.is_response != 0)
     {
         unsafe {
             let sk = field::<*const u8, TYPED>(skb, offset!(skb_sk));

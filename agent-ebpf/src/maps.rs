@@ -1,10 +1,10 @@
 //! Every map and every global, with the reason for its size.
 
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray, PerCpuHashMap, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf};
 use whydrop_ebpf::attempt::{
-    Connect, DETAILS, EndedKey, Query, QueryKey, QueryWork, Settings, Swept, TALLIES, Tally,
-    TallyKey, Tuple,
+    Answered, ClientKey, Connect, DETAILS, EndedKey, Query, QueryKey, QueryWork, Settings, Swept,
+    TALLIES, Tally, TallyKey, Tuple,
 };
 use whydrop_ebpf::{
     Control, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, PerCpu, REASONS,
@@ -111,6 +111,17 @@ pub static QUERIES_WAITING: Array<u64> = Array::with_max_entries(1, 0);
 /// One element, written by the agent: how many keys it took out of [`QUERIES`].
 #[map]
 pub static QUERIES_FORGOTTEN: Array<u64> = Array::with_max_entries(1, 0);
+
+/// When a socket that asks for names was last told of an error (`CLOCK_BOOTTIME` in nanoseconds). Only of
+/// interest until its queries are due, so the latest 1,024 are enough; one that is pushed out is a query
+/// that is called unanswered although it was refused.
+#[map]
+pub static CLIENTS_TOLD: LruHashMap<ClientKey, u64> = LruHashMap::with_max_entries(1024, 0);
+
+/// DNS queries that were answered last: the same one to another server is no new query. Only of interest
+/// for half a second.
+#[map]
+pub static ANSWERED: LruHashMap<QueryKey, Answered> = LruHashMap::with_max_entries(1024, 0);
 
 /// What each CPU has at hand for DNS.
 #[map]

@@ -295,7 +295,7 @@ fn far_transport(work: &mut Work, offset: u32) -> u32 {
 
 /// Whether an IPv6 next header is an extension header (RFC 8200, section 4).
 #[inline(always)]
-fn is_extension(next: u8) -> bool {
+pub fn is_extension(next: u8) -> bool {
     matches!(next, 0 | 43 | 44 | 51 | 60 | 135)
 }
 

@@ -40,7 +40,7 @@ unsafe fn sent<const TYPED: bool>(skb: *const u8) {
         if setting!(connects) != 0
             && unsafe { field::<u8, TYPED>(sk, offset!(sock_state)) } == connect::SYN_SENT
         {
-            unsafe { connect::syn_sent::<TYPED>(sk) };
+            unsafe { connect::syn_sent::<TYPED>(skb, sk) };
         }
     } else if protocol == UDP.into() {
         if setting!(dns) != 0 {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use crate::cluster::Index;
+use crate::cluster::index::Holder;
+use crate::cluster::{Index, PodUid};
 use crate::decode::attempt::Attempt;
 use crate::decode::{Drop, Flow};
 use crate::event::{Cause, Endpoint, EndpointKind, Event, Kind, Outcome, Protocol};
@@ -85,7 +86,7 @@ pub fn enrich_attempt(
     }
 }
 
-fn name(flow: &Flow, index: &Index, time: jiff::Timestamp) -> (Endpoint, Endpoint) {
+fn name(flow: &Flow, index: &Index, time: Timestamp) -> (Endpoint, Endpoint) {
     let protocol = Some(flow.protocol);
     let end = |ip: IpAddr, port: Option<u16>| {
         let mut end = Endpoint {
@@ -109,6 +110,52 @@ fn name(flow: &Flow, index: &Index, time: jiff::Timestamp) -> (Endpoint, Endpoin
         None => {}
     }
     (source, destination)
+}
+
+/// Names the host-network pod at an end that is a node's address, where the cgroup of the socket
+/// tells the pod's UID. The end stays a node; a pod that its port named gives way, because a port
+/// is only declared and the cgroup is real.
+///
+/// Returns whether it did. A UID that is not known, a pod with a network of its own (whose packet
+/// was masqueraded) and a pod of another node leave the end as it is.
+pub fn name_host_network_pod(end: &mut Endpoint, uid: &PodUid, index: &Index) -> bool {
+    if end.kind != Some(EndpointKind::Node) {
+        return false;
+    }
+    let pod = index.pod_by_uid(uid);
+    let Some(pod) = pod.filter(|pod| pod.host_network && pod.node == end.node) else {
+        return false;
+    };
+    end.host_network = true;
+    index.name_pod(end, pod);
+    true
+}
+
+/// The pod that a network namespace belongs to: the one with the UID of its processes' cgroup,
+/// else the one that holds the addresses on its devices at this time. `None` if no pod is known,
+/// or if the addresses are several pods'.
+pub fn pod_of_namespace(
+    uid: Option<&PodUid>,
+    addresses: &[IpAddr],
+    index: &Index,
+    at: Timestamp,
+) -> Option<Endpoint> {
+    let pod = uid.and_then(|uid| index.pod_by_uid(uid)).or_else(|| {
+        let holders = addresses.iter().filter_map(|ip| index.holder(*ip, at));
+        let mut pods = holders.filter_map(|holder| match holder {
+            Holder::Pod(pod) => Some(pod),
+            Holder::Node(_) | Holder::Service(_) => None,
+        });
+        let first = pods.next()?;
+        pods.all(|pod| pod.key == first.key).then_some(first)
+    })?;
+    let mut end = Endpoint {
+        kind: Some(EndpointKind::Pod),
+        node: pod.node.clone(),
+        ..Endpoint::default()
+    };
+    index.name_pod(&mut end, pod);
+    Some(end)
 }
 
 /// The flags of a TCP header (RFC 9293, section 3.1) as `SYN`, `SYN|ACK`, `PSH|ACK`: from the
@@ -247,6 +294,93 @@ mod tests {
             (&serde_json::json!({}), &serde_json::json!({}))
         );
         assert_eq!((e.get("protocol"), e.get("tcp_flags")), (None, None));
+    }
+
+    const WEB: &str = "9f0c5a1e-2b7d-4f60-8a43-1d2e3f405162";
+    const EXPORTER: &str = "dd0c5a1e-2b7d-4f60-8a43-1d2e3f405166";
+
+    /// The fixtures with a host-network pod of a known UID on node-a.
+    fn index_with_exporter() -> Index {
+        let mut index = fixture::index();
+        let text = format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: agent-a, namespace: cni, uid: {EXPORTER}, \
+             ownerReferences: [{{kind: DaemonSet, name: agent, controller: true}}]}}\n\
+             spec: {{nodeName: node-a, hostNetwork: true}}\nstatus: {{podIP: 192.168.1.10}}\n"
+        );
+        let parsed = crate::cluster::document::read(&text, false).unwrap().parsed;
+        let mut strings = crate::cluster::objects::Interner::default();
+        let objects = parsed.into_iter().map(|p| p.strip(&mut strings));
+        index.load(objects.collect::<Vec<_>>(), fixture::NOW);
+        index
+    }
+
+    #[test]
+    fn a_host_network_pod_is_named_by_its_cgroup() {
+        let index = index_with_exporter();
+        let end_at = |ip, port| {
+            let mut end = fixture::end(ip, Some(port));
+            index.name(&mut end, Some(Protocol::TCP), fixture::NOW);
+            end
+        };
+        // A client's port, which nobody declares, and one that another pod declares.
+        for port in [41612, 9100] {
+            let mut end = end_at("192.168.1.10", port);
+            let uid = PodUid::new(&EXPORTER.replace('-', "_"));
+            assert!(name_host_network_pod(&mut end, &uid, &index));
+            assert_eq!(
+                fixture::text(&end),
+                (
+                    "node-a".into(),
+                    "cni/agent-a".into(),
+                    "DaemonSet/agent".into()
+                )
+            );
+            assert!(end.host_network && end.kind == Some(EndpointKind::Node));
+        }
+        let stranger = "ee0c5a1e-2b7d-4f60-8a43-1d2e3f405166";
+        for (ip, uid) in [
+            ("192.168.1.10", stranger),
+            // A pod with a network of its own, and a pod of another node.
+            ("192.168.1.10", WEB),
+            ("192.168.1.11", EXPORTER),
+            // Ends that are no node.
+            ("10.244.1.7", EXPORTER),
+            ("203.0.113.9", EXPORTER),
+        ] {
+            let mut end = end_at(ip, 41612);
+            let before = end.clone();
+            assert!(!name_host_network_pod(&mut end, &PodUid::new(uid), &index));
+            assert_eq!(end, before, "{ip} {uid}");
+        }
+    }
+
+    #[test]
+    fn a_namespace_is_a_pods_by_uid_else_by_address() {
+        let index = fixture::index();
+        let pod = |uid: Option<&str>, addresses: &[&str]| {
+            let uid = uid.map(PodUid::new);
+            let addresses: Vec<IpAddr> = addresses.iter().map(|ip| ip.parse().unwrap()).collect();
+            let end = pod_of_namespace(uid.as_ref(), &addresses, &index, fixture::NOW)?;
+            Some(fixture::text(&end).1)
+        };
+        let (web, pg) = (
+            Some("shop/web-7d9f8c6b5-x2x4k".to_owned()),
+            Some("db/pg-0".to_owned()),
+        );
+        // The cgroup is believed more than an address.
+        assert_eq!(pod(Some(WEB), &["10.244.2.9"]), web);
+        assert_eq!(pod(Some(EXPORTER), &["10.244.2.9"]), pg);
+        assert_eq!(
+            pod(None, &["192.0.2.1", "10.244.1.7", "fd00:10:244:1::7"]),
+            web
+        );
+        assert_eq!(pod(None, &["10.244.1.7", "10.244.2.9"]), None, "two pods");
+        // Of a node, of a Service, of nobody.
+        assert_eq!(
+            pod(None, &["192.168.1.10", "10.96.0.12", "192.0.2.1"]),
+            None
+        );
+        assert_eq!(pod(None, &[]), None);
     }
 
     #[test]

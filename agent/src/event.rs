@@ -106,7 +106,8 @@ impl Outcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
-    /// This node dropped a packet of it, either way, or its listener's accept queue was full.
+    /// This node dropped a packet of it, either way; or, where the event has no drop, its listener's
+    /// namespace lost connections to a full accept queue meanwhile.
     DroppedHere,
     /// This node dropped nothing of it.
     Elsewhere,

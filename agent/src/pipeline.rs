@@ -6,8 +6,9 @@
 //! packets of the lines add up to the counters.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
+use std::net::IpAddr;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -17,14 +18,16 @@ use whydrop_ebpf::attempt::{
 };
 use whydrop_ebpf::{DropEvent, FlowCount, FlowKey, KIND_ANSWER, OverflowKey};
 
+use crate::cluster::PodUid;
 use crate::decode::attempt::Attempt;
 use crate::decode::classify::Class;
 use crate::decode::late::{Late, Settled};
-use crate::decode::{self, Decoder};
-use crate::enrich::{enrich, enrich_attempt};
-use crate::event::{Cause, Endpoint, Event, Kind, Line, Lost, LostStage, Outcome};
+use crate::decode::{self, Decoder, Flow};
+use crate::enrich::{enrich, enrich_attempt, name_host_network_pod};
+use crate::event::{Cause, Endpoint, EndpointKind, Event, Kind, Line, Lost, LostStage, Outcome};
 use crate::senders::{ConnectResult, What};
 use crate::source::attempts::{Found, Unanswered};
+use crate::source::conntrack::{LocalTuples, Tuple};
 use crate::source::drain::{Drained, Totals};
 use crate::state::State;
 use crate::sync::lock;
@@ -47,10 +50,26 @@ struct Fates {
     rejected: u64,
 }
 
+/// From a cgroup's id to the pod that it belongs to.
+pub type PodOfCgroup = Box<dyn FnMut(u64) -> Option<PodUid> + Send>;
+
+/// From a flow as its socket sees it to where its packets really go.
+pub type RealDestination = Box<dyn FnMut(&Flow) -> Option<(IpAddr, u16)> + Send>;
+
+/// What the pipeline has to do with conntrack.
+pub struct Conntrack {
+    /// Attempts of this kernel's sockets, which conntrack must not count as well.
+    pub local: Arc<Mutex<LocalTuples>>,
+    /// Where DNAT sends a connection.
+    pub destination: RealDestination,
+}
+
 /// The stages with what they remember.
 pub struct Pipeline {
     state: Arc<State>,
     decoder: Decoder,
+    pod_of_cgroup: PodOfCgroup,
+    conntrack: Conntrack,
     late: Late,
     /// Packets that had an event of their own, by the generation that counts them; two or three.
     said: BTreeMap<u64, HashMap<FlowKey, Fates>>,
@@ -62,10 +81,18 @@ pub struct Pipeline {
 
 impl Pipeline {
     /// `knows_neighbours`: see [`Late::new`].
-    pub fn new(state: Arc<State>, decoder: Decoder, knows_neighbours: bool) -> Self {
+    pub fn new(
+        state: Arc<State>,
+        decoder: Decoder,
+        pod_of_cgroup: PodOfCgroup,
+        conntrack: Conntrack,
+        knows_neighbours: bool,
+    ) -> Self {
         Self {
             state,
             decoder,
+            pod_of_cgroup,
+            conntrack,
             late: Late::new(knows_neighbours),
             said: BTreeMap::new(),
             unsaid: HashMap::new(),
@@ -122,21 +149,58 @@ impl Pipeline {
             status.attempts = found.counts;
             status.doubtful_connects += found.doubtful;
         }
+        for connect in &found.abandoned {
+            let flow = self.decoder.connect(connect, found.boot_ns, &wall).flow;
+            self.note_local(&flow, now);
+        }
         for unanswered in &found.unanswered {
-            let attempt = match unanswered {
+            let mut attempt = match unanswered {
                 Unanswered::Connect(c) => self.decoder.connect(c, found.boot_ns, &wall),
                 Unanswered::Query(key, query) => {
                     self.decoder.query(key, query, found.boot_ns, &wall)
                 }
             };
+            self.note_local(&attempt.flow, now);
+            // A packet that was dropped here has told where it went.
+            if attempt.drop.is_none()
+                && let Some(real) = (self.conntrack.destination)(&attempt.flow)
+            {
+                attempt.flow = attempt.flow.translated_to(real);
+            }
             self.attempt(attempt, wall(found.boot_ns), true, now);
         }
     }
 
-    /// One attempt that nobody answered; `is_connect` if it is one of a socket of this kernel, whose
+    /// What conntrack found: attempts whose sender is no socket of this kernel.
+    pub fn forwarded(&mut self, attempts: Vec<Attempt>, at: Timestamp, now: Instant) {
+        for attempt in attempts {
+            self.attempt(attempt, at, false, now);
+        }
+    }
+
+    /// An attempt of a socket of this kernel: conntrack may have it as well.
+    fn note_local(&self, flow: &Flow, now: Instant) {
+        if let Some(tuple) = Tuple::asked(flow) {
+            lock(&self.conntrack.local).insert(tuple, now);
+        }
+    }
+
+    /// One attempt that nobody answered; `is_own` if it is one of a socket of this kernel, whose
     /// connects are counted by their result.
     fn attempt(&mut self, attempt: Attempt, at: Timestamp, is_own: bool, now: Instant) {
-        let event = enrich_attempt(attempt, at, &self.state.index(), &self.state.node);
+        let cgroup = attempt.cgroup;
+        let began = now.checked_sub(attempt.waited).unwrap_or(now);
+        let mut event = enrich_attempt(attempt, at, &self.state.index(), &self.state.node);
+        self.name_by_cgroup(&mut event.source, cgroup);
+        // A full accept queue drops without a trace but its namespace's counter.
+        if event.cause == Some(Cause::Elsewhere)
+            && event.kind == Kind::Syn
+            && let (Some(ip), Some(port)) = (event.destination.ip, event.destination.port)
+            && self.state.accept_queues.overflowed_since(ip, began)
+            && self.state.accept_queues.has_backlog(ip, port)
+        {
+            event.cause = Some(Cause::DroppedHere);
+        }
         let cause = event.cause.unwrap_or(Cause::Elsewhere);
         lock(&self.state.record).add_unanswered(&event, cause, now);
         if is_own && event.kind == Kind::Syn {
@@ -146,10 +210,17 @@ impl Pipeline {
         self.state.stream.publish(Arc::new(Line::Event(event)));
     }
 
+    /// Names a pod of the node's own network, which its address does not tell.
+    fn name_by_cgroup(&mut self, end: &mut Endpoint, cgroup: Option<u64>) {
+        if end.kind == Some(EndpointKind::Node)
+            && let Some(uid) = cgroup.and_then(|id| (self.pod_of_cgroup)(id))
+        {
+            name_host_network_pod(end, &uid, &self.state.index());
+        }
+    }
+
     /// What became of attempts in a generation, by who made them.
-    fn record_tallies(&self, drained: &Drained, now: Instant) {
-        let index = self.state.index();
-        let mut senders = lock(&self.state.senders);
+    fn record_tallies(&mut self, drained: &Drained, now: Instant) {
         for (key, tally) in &drained.tallies {
             let Some(what) = tallied(key.what, key.detail, key.bucket) else {
                 continue;
@@ -158,7 +229,9 @@ impl Pipeline {
                 ip: Some(decode::address(&key.source, key.ip_version)),
                 ..Endpoint::default()
             };
-            index.name(&mut sender, None, drained.until);
+            self.state.index().name(&mut sender, None, drained.until);
+            self.name_by_cgroup(&mut sender, (key.cgroup != 0).then_some(key.cgroup));
+            let mut senders = lock(&self.state.senders);
             senders.add(&sender, what, tally.count, tally.sum_ns, now);
         }
     }
@@ -188,9 +261,10 @@ impl Pipeline {
                 index.purge(purged_at);
             }
             let index = self.state.index();
-            lock(&self.state.record).expire(now, |namespace, pod| index.pod_exists(namespace, pod));
-            lock(&self.state.senders)
-                .expire(now, |namespace, pod| index.pod_exists(namespace, pod));
+            let pod_exists = |namespace: &_, pod: &_| index.pod_exists(namespace, pod);
+            lock(&self.state.record).expire(now, pod_exists);
+            lock(&self.state.senders).expire(now, pod_exists);
+            lock(&self.state.listen_drops).expire(now, pod_exists);
         }
     }
 

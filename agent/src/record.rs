@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::event::{Cause, EndpointKind, Event, Kind, Outcome, Protocol};
 
+pub mod listen;
+
 /// How finely series name the two ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Detail {

@@ -9,8 +9,11 @@ use whydrop_ebpf::attempt::AttemptCpu;
 use crate::cluster::Index;
 use crate::event::Outcome;
 use crate::output::stream::Stream;
+use crate::record::listen::ListenDrops;
 use crate::record::{Pair, Record};
 use crate::senders::Senders;
+use crate::source::accept_queues::AcceptQueues;
+use crate::source::conntrack;
 use crate::source::drain::Drainer;
 use crate::source::load::SourceStatus;
 use crate::sync::lock;
@@ -34,12 +37,16 @@ pub struct State {
     pub record: Mutex<Record>,
     /// What became of attempts, by who made them.
     pub senders: Mutex<Senders>,
+    /// Connections lost to full accept queues.
+    pub listen_drops: Mutex<ListenDrops>,
     /// What works, and what was lost.
     pub status: Mutex<Status>,
     /// What went wrong, by stage.
     pub errors: Errors,
     /// Fetches the counts; absent until the programs are attached.
     pub drainer: OnceLock<Drainer>,
+    /// Reads the accept queues' counters, and knows the node's network namespaces.
+    pub accept_queues: AcceptQueues,
     /// Drops are observed.
     pub observing: AtomicBool,
 }
@@ -67,11 +74,22 @@ pub struct Status {
     pub limited_cpu: u64,
     /// What the programs counted of attempts.
     pub attempts: AttemptCpu,
+    /// What the conntrack source has done.
+    pub conntrack: conntrack::Totals,
     /// Connects that were not told of because it was not sure that they still waited.
     pub doubtful_connects: u64,
 }
 
 impl Status {
+    /// Forwarded attempts that conntrack shows and nobody is told of, because there was no room to
+    /// follow them or to know whether they are counted already, or because events were lost.
+    pub fn lost_forwarded(&self) -> u64 {
+        self.conntrack.withheld
+            + self.conntrack.untracked
+            + self.conntrack.overruns
+            + self.attempts.died_lost
+    }
+
     /// Connects that are not counted by their result: there was no room for them, or it was not sure
     /// that they still waited.
     pub fn lost_connects(&self) -> u64 {
@@ -112,16 +130,19 @@ pub struct Errors {
     pub drain: AtomicU64,
     /// Looks at what waits that failed.
     pub attempts: AtomicU64,
+    /// Network namespaces that could not be looked at, and their counters.
+    pub accept_queues: Arc<AtomicU64>,
 }
 
 impl Errors {
     /// All of them, by stage.
-    pub fn counts(&self) -> [(&'static str, u64); 4] {
+    pub fn counts(&self) -> [(&'static str, u64); 5] {
         [
             ("objects", self.objects.load(Ordering::Relaxed)),
             ("decode", self.decode.load(Ordering::Relaxed)),
             ("drain", self.drain.load(Ordering::Relaxed)),
             ("attempts", self.attempts.load(Ordering::Relaxed)),
+            ("accept_queues", self.accept_queues.load(Ordering::Relaxed)),
         ]
     }
 }
@@ -132,15 +153,18 @@ impl State {
         let kernel = nix::sys::utsname::uname()
             .map(|name| Arc::from(name.release().to_string_lossy()))
             .unwrap_or_default();
+        let errors = Errors::default();
         Self {
             stream: Stream::new(node.clone()),
             node,
             kernel,
             index: RwLock::default(),
+            listen_drops: Mutex::new(ListenDrops::beside(&record)),
             record: Mutex::new(record),
             senders: Mutex::new(senders),
             status: Mutex::default(),
-            errors: Errors::default(),
+            accept_queues: AcceptQueues::new(errors.accept_queues.clone()),
+            errors,
             drainer: OnceLock::new(),
             observing: AtomicBool::new(false),
         }
@@ -233,12 +257,41 @@ impl State {
                 "answer": status.answers_lost,
                 "connects": status.lost_connects(),
                 "dns": status.attempts.queries_lost,
+                "conntrack": status.lost_forwarded(),
                 "queue": self.stream.lost(crate::event::LostStage::Queue),
                 "reader": self.stream.lost(crate::event::LostStage::Reader),
             },
             "limited": { "flow": status.limited_flow, "cpu": status.limited_cpu },
             "errors": self.errors.counts().into_iter().collect::<std::collections::BTreeMap<_, _>>(),
         })
+    }
+
+    /// Says how a source does, in place of what was said of it before. What does not work, works
+    /// again, or leaves out something else than before is logged.
+    pub fn set_source(&self, now: SourceStatus) {
+        let (source, up) = (now.source, now.up);
+        let (why, lost) = (now.why.clone(), now.lost.unwrap_or(""));
+        let mut status = lock(&self.status);
+        let known = status.sources.iter_mut().find(|s| s.source == source);
+        let before = match known {
+            Some(known) => Some(std::mem::replace(known, now)),
+            None => {
+                status.sources.push(now);
+                None
+            }
+        };
+        drop(status);
+        let before = before.as_ref().map(|b| (b.up, b.why.as_deref()));
+        match (up, why.as_deref()) {
+            now if before == Some(now) => {}
+            (false, why) => {
+                let why = why.unwrap_or("");
+                tracing::warn!(source, why, lost, "a source does not work");
+            }
+            (true, Some(why)) => tracing::warn!(source, why, "a source leaves something out"),
+            (true, None) if before.is_some() => tracing::info!(source, "a source works again"),
+            (true, None) => {}
+        }
     }
 
     /// `Ok` when drops are observed, else why they are not.
@@ -265,5 +318,40 @@ impl State {
         {
             tracing::debug!("the counts were not fetched in time; answering with the last ones");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::Detail;
+
+    #[test]
+    fn a_source_is_listed_once_as_it_is_now() {
+        let record = Record::new(Detail::Pod, 10, Duration::from_secs(900));
+        let senders = Senders::new(Detail::Pod, 10, Duration::from_secs(900));
+        let state = State::new("n".into(), record, senders);
+        let set = |source, why: Option<&str>| {
+            state.set_source(SourceStatus {
+                source,
+                up: why.is_none(),
+                hook: None,
+                why: why.map(str::to_owned),
+                lost: None,
+            });
+        };
+        set("one", None);
+        set("two", Some("not yet"));
+        set("one", Some("no more"));
+        set("two", None);
+        let sources = lock(&state.status).sources.clone();
+        let sources: Vec<_> = sources
+            .iter()
+            .map(|s| (s.source, s.up, s.why.as_deref()))
+            .collect();
+        assert_eq!(
+            sources,
+            [("one", false, Some("no more")), ("two", true, None)]
+        );
     }
 }

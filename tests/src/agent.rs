@@ -45,12 +45,23 @@ impl Sample {
     }
 }
 
+/// A line of the stream of events, as it came.
+#[derive(Clone, Debug)]
+pub struct Received {
+    /// When.
+    pub at: Instant,
+    /// As a program of this repository reads it.
+    pub line: Line,
+    /// As any other reads it.
+    pub json: Value,
+}
+
 /// A running agent. Dropping it kills it.
 pub struct Agent {
     child: Child,
     listen: SocketAddr,
     socket: PathBuf,
-    lines: Arc<Mutex<Vec<Line>>>,
+    received: Arc<Mutex<Vec<Received>>>,
     /// Objects, socket and log; removed with the agent.
     directory: tempfile::TempDir,
 }
@@ -148,7 +159,7 @@ impl Agent {
             child,
             listen,
             socket: path("agent.sock"),
-            lines: Arc::default(),
+            received: Arc::default(),
             directory,
         };
         agent
@@ -209,15 +220,16 @@ impl Agent {
     /// Reads the stream of events on a thread that ends with the agent.
     fn follow(&self) -> Result<()> {
         let reader = self.reader()?;
-        let lines = Arc::clone(&self.lines);
+        let received = Arc::clone(&self.received);
         std::thread::spawn(move || {
             for text in reader.lines() {
                 let Ok(text) = text else { return };
-                match serde_json::from_str(&text) {
-                    Ok(line) => lines
+                let at = Instant::now();
+                match read(&text) {
+                    Ok((line, json)) => received
                         .lock()
                         .unwrap_or_else(PoisonError::into_inner)
-                        .push(line),
+                        .push(Received { at, line, json }),
                     Err(error) => eprintln!("a line that is no event ({error}): {text}"),
                 }
             }
@@ -225,12 +237,21 @@ impl Agent {
         Ok(())
     }
 
+    /// What came by the stream after the first so many lines.
+    pub fn received(&self, after: usize) -> Vec<Received> {
+        let received = self.received.lock();
+        let received = received.unwrap_or_else(PoisonError::into_inner);
+        received.get(after..).unwrap_or_default().to_vec()
+    }
+
     /// The lines of the stream so far.
     pub fn lines(&self) -> Vec<Line> {
-        self.lines
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        let received = self.received.lock();
+        let received = received.unwrap_or_else(PoisonError::into_inner);
+        received
+            .iter()
+            .map(|received| received.line.clone())
+            .collect()
     }
 
     /// The process id.
@@ -378,6 +399,10 @@ pub fn binary() -> Result<PathBuf> {
             "the whydrop binary is not built: run `cargo build -p whydrop` with the same profile, \
              or set WHYDROP_BIN",
         )
+}
+
+fn read(text: &str) -> serde_json::Result<(Line, Value)> {
+    Ok((serde_json::from_str(text)?, serde_json::from_str(text)?))
 }
 
 /// One sample line of the OpenMetrics text format.

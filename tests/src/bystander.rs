@@ -121,7 +121,11 @@ impl Bystander {
         self.end()
     }
 
-    fn end(&mut self) -> Result<()> {
+    /// Ends the traffic; ending it again does nothing.
+    ///
+    /// # Errors
+    /// As [`Bystander::finish`].
+    pub fn end(&mut self) -> Result<()> {
         self.stop[0].store(true, Ordering::Relaxed);
         let result = match self.client.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,

@@ -71,7 +71,7 @@ pub fn tc_drops(lab: &Lab, host: Host, device: &str) -> Result<u64> {
 
 /// The kernel's SNMP counters of one network namespace, by `nstat`'s names: `UdpRcvbufErrors`,
 /// `TcpExtIPReversePathFilter`, `Icmp6OutDestUnreachs`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Snmp(HashMap<String, u64>);
 
 impl Snmp {
@@ -80,9 +80,21 @@ impl Snmp {
     /// # Errors
     /// /proc is not there.
     pub fn read(lab: &Lab, host: Host) -> Result<Self> {
+        lab.within(host, Self::here)
+    }
+
+    /// Reads those of the calling thread's namespace now.
+    ///
+    /// # Errors
+    /// As [`Snmp::read`].
+    pub fn here() -> Result<Self> {
+        let read = |file: &str| {
+            let path = format!("/proc/thread-self/net/{file}");
+            std::fs::read_to_string(&path).with_context(|| format!("read {path}"))
+        };
         let mut counters = HashMap::new();
         for file in ["snmp", "netstat"] {
-            let text = lab.read(host, &format!("/proc/thread-self/net/{file}"))?;
+            let text = read(file)?;
             let lines: Vec<&str> = text.lines().collect();
             for pair in lines.chunks(2) {
                 let [names, values] = pair else { continue };
@@ -100,7 +112,7 @@ impl Snmp {
                 }
             }
         }
-        for line in lab.read(host, "/proc/thread-self/net/snmp6")?.lines() {
+        for line in read("snmp6")?.lines() {
             if let Some((name, value)) = line.split_once(char::is_whitespace)
                 && let Ok(value) = value.trim().parse()
             {

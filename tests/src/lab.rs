@@ -262,8 +262,9 @@ impl Lab {
     }
 
     /// Gives every unicast packet of a device in one direction (`ingress`, `egress`) a verdict by
-    /// a tc BPF filter; multicast, as of neighbour discovery and listener reports, passes. The verdicts are those of linux/pkt_cls.h: [`TC_SHOT`] drops,
-    /// [`TC_STOLEN`] frees without calling it a drop.
+    /// a tc BPF filter; multicast, as of neighbour discovery and listener reports, passes. The
+    /// verdicts are those of linux/pkt_cls.h: [`TC_SHOT`] drops, [`TC_STOLEN`] frees without calling
+    /// it a drop.
     ///
     /// # Errors
     /// The kernel has no cls_bpf.
@@ -271,11 +272,36 @@ impl Lab {
         // Load the first byte of the destination MAC; if it is a group address return 0 (pass),
         // else the verdict.
         let code = format!("4,48 0 0 0,69 0 1 1,6 0 0 0,6 0 0 {verdict}");
+        self.tc_filter(host, device, direction, &code)
+    }
+
+    /// Gives the packets to one TCP or UDP port a verdict, as [`Lab::tc`] gives it to all.
+    ///
+    /// # Errors
+    /// As [`Lab::tc`].
+    pub fn tc_port(
+        &self,
+        host: Host,
+        device: &str,
+        direction: &str,
+        port: u16,
+        verdict: u8,
+    ) -> Result<()> {
+        // Load the EtherType; by it load the destination port behind an IPv4 header without options
+        // (36) or an IPv6 header without extensions (56); compare.
+        let code = format!(
+            "9,40 0 0 12,21 0 2 2048,40 0 0 36,5 0 0 2,21 0 3 34525,40 0 0 56,\
+             21 0 1 {port},6 0 0 {verdict},6 0 0 0"
+        );
+        self.tc_filter(host, device, direction, &code)
+    }
+
+    fn tc_filter(&self, host: Host, device: &str, direction: &str, code: &str) -> Result<()> {
         self.within(host, || {
             command(&["tc", "qdisc", "replace", "dev", device, "clsact"], None)?;
             let filter = ["tc", "filter", "add", "dev", device, direction];
             command(
-                &[&filter[..], &["bpf", "da", "bytecode", &code]].concat(),
+                &[&filter[..], &["bpf", "da", "bytecode", code]].concat(),
                 None,
             )
         })

@@ -9,13 +9,23 @@
 //! | [`packet`] | packets as bytes, also those that no socket would send |
 //! | [`traffic`] | connects, bursts and raw packets, sent from inside a namespace |
 //! | [`bystander`] | allowed traffic of the second pair, which must never be blamed |
+//! | [`connects`] | TCP connects, many at once, held, and the fate of each |
+//! | [`listeners`] | TCP servers that accept everyone, or nobody |
+//! | [`dns_server`] | a DNS server whose answer the name decides |
+//! | [`dns_client`] | DNS clients with ids that a test chooses |
+//! | [`queries`] | DNS queries by what becomes of them |
+//! | [`port`] | TCP ports by what becomes of a connect |
+//! | [`sockets`] | the TCP sockets of a host, as the kernel lists them |
 //! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
 //! | [`kernel`] | the programs and maps that a process has in the kernel |
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
 //! | [`agent`] | the agent as a process: start, scrape, read events, stop |
 //! | [`scene`] | a lab with a dropper, an agent and a bystander: what nearly every test needs |
+//! | [`silence`] | thousands of connects and queries, a tenth unanswered |
 //! | [`bench`] | `cargo xtask bench`: what is measured, each beside a peer |
 //! | [`expect`](mod@expect) | what the agent must show for a lab, and nothing else |
+//! | [`unanswered`] | what it must say of attempts that nobody answered |
+//! | [`tallies`] | what it counts of a workload's connects and DNS |
 //!
 //! An agent sees the whole node, so also the drops of tests that run at the same time. Every lab
 //! therefore has addresses of its own, and what is checked is checked by pair. A test on node-wide
@@ -25,15 +35,25 @@
 pub mod agent;
 pub mod bench;
 pub mod bystander;
+pub mod connects;
 pub mod counters;
+pub mod dns_client;
+pub mod dns_server;
 pub mod expect;
 pub mod kernel;
 pub mod lab;
+pub mod listeners;
 pub mod objects;
 pub mod packet;
 pub mod place;
+pub mod port;
+pub mod queries;
 pub mod scene;
+pub mod silence;
+pub mod sockets;
+pub mod tallies;
 pub mod traffic;
+pub mod unanswered;
 pub mod xdp;
 
 /// Makes of each function `fn name(family: Family) -> Result<()>` two tests, `name::ipv4` and

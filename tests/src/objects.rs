@@ -17,10 +17,11 @@ pub const PODS: [(Place, &str); 8] = [
 ];
 
 /// The ports that the server's pod and its Service declare.
-pub const PORTS: [(&str, u16, &str); 3] = [
+pub const PORTS: [(&str, u16, &str); 4] = [
     ("http", 80, "TCP"),
     ("feed", 5000, "UDP"),
     ("dns", 53, "UDP"),
+    ("dns-tcp", 53, "TCP"),
 ];
 
 /// A `List` of the lab's namespace, node, pods, Service and its endpoints. It is JSON, which is
@@ -78,6 +79,43 @@ pub fn list(lab: &Lab) -> Value {
         items.push(pod(&namespace, name, &lab.node(), &addresses(place), ports));
     }
     json!({"apiVersion": "v1", "kind": "List", "items": items})
+}
+
+/// The same list, each pod of a StatefulSet of its own name: counters that name no pod tell them
+/// apart by workload.
+pub fn with_workloads(mut list: Value) -> Value {
+    for item in list["items"].as_array_mut().into_iter().flatten() {
+        if item["kind"] == "Pod" {
+            let name = item["metadata"]["name"].clone();
+            item["metadata"]["ownerReferences"] = json!([{
+                "apiVersion": "apps/v1", "kind": "StatefulSet", "name": name, "uid": name,
+                "controller": true,
+            }]);
+        }
+    }
+    list
+}
+
+/// The same list, its Service with further ports: `(port, protocol, target port)`.
+pub fn with_service_ports(mut list: Value, ports: &[(u16, &str, u16)]) -> Value {
+    for item in list["items"].as_array_mut().into_iter().flatten() {
+        if item["kind"] == "Service"
+            && let Some(declared) = item["spec"]["ports"].as_array_mut()
+        {
+            declared.retain(|known| {
+                !ports.iter().any(|(port, protocol, _)| {
+                    known["port"] == *port && known["protocol"] == *protocol
+                })
+            });
+            declared.extend(ports.iter().map(|(port, protocol, target)| {
+                json!({
+                    "name": format!("{}-{port}", protocol.to_lowercase()),
+                    "port": port, "protocol": protocol, "targetPort": target,
+                })
+            }));
+        }
+    }
+    list
 }
 
 /// A running pod, labelled `app: NAME`.

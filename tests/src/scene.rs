@@ -1,12 +1,14 @@
 //! A lab with a dropper, an agent that watches it, and a bystander: what nearly every test needs.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use crate::agent::Agent;
 use crate::bystander::{Bystander, Habit};
 use crate::counters::Snapshot;
 use crate::expect::{Row, expect};
 use crate::lab::{Family, Host, Lab, Place};
+use crate::objects;
 use crate::traffic::{self, Burst, Connect};
 
 /// The UDP port at the server where nobody listens unless a test does.
@@ -45,8 +47,48 @@ impl Scene {
         habit: Habit,
         dropper: impl FnOnce(&Lab) -> Result<()>,
     ) -> Result<Self> {
+        let objects = objects::list(&lab);
+        Self::built(lab, family, habit, &objects, &[], dropper)
+    }
+
+    /// As [`Scene::new`], with arguments of the agent, and pods that have workloads.
+    ///
+    /// # Errors
+    /// As [`Scene::new`].
+    pub fn with_arguments(
+        family: Family,
+        arguments: &[&str],
+        dropper: impl FnOnce(&Lab) -> Result<()>,
+    ) -> Result<Self> {
+        Self::with_service(family, arguments, &[], dropper)
+    }
+
+    /// As [`Scene::with_arguments`], with further ports of the Service: `(port, protocol, target)`.
+    ///
+    /// # Errors
+    /// As [`Scene::new`].
+    pub fn with_service(
+        family: Family,
+        arguments: &[&str],
+        ports: &[(u16, &str, u16)],
+        dropper: impl FnOnce(&Lab) -> Result<()>,
+    ) -> Result<Self> {
+        let lab = Lab::new()?;
+        let objects = objects::with_service_ports(objects::list(&lab), ports);
+        let objects = objects::with_workloads(objects);
+        Self::built(lab, family, Habit::Connects, &objects, arguments, dropper)
+    }
+
+    fn built(
+        lab: Lab,
+        family: Family,
+        habit: Habit,
+        objects: &Value,
+        arguments: &[&str],
+        dropper: impl FnOnce(&Lab) -> Result<()>,
+    ) -> Result<Self> {
         dropper(&lab).context("install the dropper")?;
-        let agent = Agent::start(&lab)?;
+        let agent = Agent::start_with(&lab.node(), objects, arguments)?;
         let bystander = Bystander::start(&lab, family, habit)?;
         Ok(Self {
             bystander,
@@ -147,9 +189,18 @@ impl Scene {
     ///
     /// # Errors
     /// Any of these is not so.
-    pub fn expect(self, rows: &[Row]) -> Result<()> {
-        self.bystander.finish()?;
+    pub fn expect(mut self, rows: &[Row]) -> Result<()> {
+        self.bystander.end()?;
         expect(&self.lab, &self.agent, rows)?;
+        self.finish()
+    }
+
+    /// Checks that the bystander's traffic never failed and that the agent ends as it should.
+    ///
+    /// # Errors
+    /// Any of these is not so.
+    pub fn finish(self) -> Result<()> {
+        self.bystander.finish()?;
         let status = self.agent.stop()?;
         ensure!(status.success(), "the agent ended with {status}");
         Ok(())

@@ -2,14 +2,14 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, sendto,
-    setsockopt, socket, sockopt,
+    AddressFamily, Backlog, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage,
+    bind, listen, sendto, setsockopt, socket, sockopt,
 };
 
 /// Long enough for any answer in the lab, and shorter than the second after which the kernel sends
@@ -83,6 +83,35 @@ pub fn deaf_udp_socket(at: SocketAddr) -> Result<UdpSocket> {
     let socket = UdpSocket::bind(at).with_context(|| format!("bind {at}"))?;
     setsockopt(&socket, sockopt::RcvBuf, &1).context("set SO_RCVBUF")?;
     Ok(socket)
+}
+
+/// A TCP socket that listens and never accepts; the kernel takes one connection more than
+/// `backlog` for it.
+///
+/// # Errors
+/// The address is taken.
+pub fn deaf_listener(at: SocketAddr, backlog: i32) -> Result<OwnedFd> {
+    let family = if at.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+        .context("open a TCP socket")?;
+    bind(socket.as_raw_fd(), &SockaddrStorage::from(at)).with_context(|| format!("bind {at}"))?;
+    listen(&socket, Backlog::new(backlog)?).with_context(|| format!("listen at {at}"))?;
+    Ok(socket)
+}
+
+/// As many connects at once; how many were established.
+pub fn connects(to: SocketAddr, count: usize) -> usize {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..count).map(|_| scope.spawn(|| connect(to))).collect();
+        let results = threads.into_iter().map(|thread| thread.join());
+        results
+            .filter(|result| matches!(result, Ok(Connect::Established)))
+            .count()
+    })
 }
 
 /// Sends IP packets made by hand; they are routed as any other (the kernel fills in the IPv4

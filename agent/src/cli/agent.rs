@@ -5,11 +5,14 @@
 //! attempts thread ──unanswered──────┤
 //! ring buffer ──────events─────────┴─► pipeline task ─► State ◄── HTTP servers (one task each)
 //! objects thread ──changes (bounded)──────────────────► index
+//! conntrack thread ──forwarded attempts (bounded)──────► pipeline task
+//! accept-queues thread ──counters of namespaces───────► State
 //! ```
 
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -18,6 +21,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::cli::config::{AgentArgs, AutoOff, Labels, OnOff};
+use crate::cli::sources::{self, Forwarded};
 use crate::cluster::files::{self, Files};
 use crate::decode::classify::is_always_benign;
 use crate::decode::{Decoder, Names};
@@ -28,9 +32,12 @@ use crate::record::{Detail, Record};
 use crate::senders::Senders;
 use crate::source::attempts::{self, Found};
 use crate::source::budget::Budget;
+use crate::source::cgroups::Cgroups;
 use crate::source::drain::{Drained, Drainer, Setup, Totals};
 use crate::source::events::{Events, WallClock, pollable};
+use crate::source::hooks;
 use crate::source::load::{self, Loaded};
+use crate::source::retry::{self, Attached};
 use crate::source::symbols::Locator;
 use crate::source::sys;
 use crate::state::{MapStatus, ProgramStatus, State};
@@ -102,8 +109,10 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let loaded = tokio::task::spawn_blocking(move || load::load(options))
         .await
         .context("loading the programs failed")??;
-    let (observer, ebpf) = Observer::start(&state, loaded, &options)?;
+    let (observer, hooks) = Observer::start(&state, loaded, &options)?;
     let stop_looking = observer.stop_looking.clone();
+    // Dropping it ends the thread.
+    let _accept_queues = sources::watch_accept_queues(state.clone())?;
     sys::release_free_memory();
     let servers = [
         tokio::spawn(http::serve_metrics(
@@ -161,7 +170,8 @@ async fn serve(args: AgentArgs) -> Result<()> {
         }
     };
     drop(tokio::time::timeout(Duration::from_millis(300), all_ended).await);
-    drop(ebpf);
+    // It looks five times a second whether it is to end; what it owns is then dropped, so detached.
+    drop(hooks.join());
     Ok(())
 }
 
@@ -180,17 +190,18 @@ struct Observer {
     events: Events,
     drained: mpsc::Receiver<Drained>,
     found: mpsc::Receiver<Found>,
+    forwarded: Forwarded,
     stop_looking: Arc<AtomicBool>,
     budget: Budget,
 }
 
 impl Observer {
-    /// Starts observing. The eBPF object must be kept: dropping it detaches the programs.
+    /// Starts observing. The thread that is returned owns the programs.
     fn start(
         state: &Arc<State>,
         loaded: Loaded,
         options: &load::Options,
-    ) -> Result<(Self, aya::Ebpf)> {
+    ) -> Result<(Self, JoinHandle<aya::Ebpf>)> {
         let Loaded {
             mut ebpf,
             maps,
@@ -201,19 +212,17 @@ impl Observer {
             has_reasons,
             budget,
             programs,
+            missing,
         } = loaded;
         if options.log {
             forward_messages(&mut ebpf)?;
         }
         let mut locator = Locator::new();
         sources.push(locator.status());
-        for source in sources.iter().filter(|s| !s.up) {
-            let (why, lost) = (
-                source.why.as_deref().unwrap_or(""),
-                source.lost.unwrap_or(""),
-            );
-            tracing::warn!(source = source.source, why, lost, "a source does not work");
-        }
+        let mut cgroups = Cgroups::open();
+        sources.push(cgroups.status());
+        let is_dns_watched = sources.iter().any(|s| s.source == hooks::DNS && s.up);
+        let is_dns_watched = Arc::new(AtomicBool::new(is_dns_watched));
         let knows_neighbours = sources.iter().any(|s| s.source == "neighbour" && s.up);
         let benign = reasons
             .iter()
@@ -222,10 +231,9 @@ impl Observer {
         let benign = benign
             .filter(|n| (*n as usize) < whydrop_ebpf::REASONS)
             .collect();
-        *lock(&state.status) = crate::state::Status {
-            sources,
-            ..Default::default()
-        };
+        for source in sources {
+            state.set_source(source);
+        }
 
         let (sender, found) = mpsc::channel(FOUND_QUEUE);
         let stop_looking = Arc::new(AtomicBool::new(false));
@@ -239,9 +247,32 @@ impl Observer {
             syn_timeout: options.syn_timeout,
             dns_timeout: options.dns_timeout,
             queries: budget.queries,
+            is_dns_watched: is_dns_watched.clone(),
         };
         attempts::start(looking, stop_looking.clone(), sender)
             .context("cannot start looking for unanswered attempts")?;
+
+        let programs = Arc::new(Mutex::new(programs));
+        let attached = {
+            let (state, programs) = (state.clone(), programs.clone());
+            move |attached: Attached| {
+                tracing::info!(source = attached.status.source, "a source works now");
+                if attached.status.source == hooks::DNS {
+                    is_dns_watched.store(true, Ordering::Relaxed);
+                }
+                state.set_source(attached.status);
+                let program = attached.program.to_owned();
+                lock(&programs).extend(attached.fd.map(|fd| (program, fd)));
+            }
+        };
+        let hooks = retry::start(
+            ebpf,
+            missing,
+            options.attach,
+            stop_looking.clone(),
+            attached,
+        )
+        .context("cannot start the thread that owns the programs")?;
 
         let (sender, drained) = mpsc::channel(DRAINED_QUEUE);
         let setup = Setup {
@@ -254,6 +285,7 @@ impl Observer {
         // The state is new, so nobody has set it.
         let _ = state.drainer.set(drainer);
         state.observing.store(true, Ordering::Relaxed);
+        let (forwarded, conntrack) = sources::watch_conntrack(state, options)?;
         let decoder = Decoder::new(
             Names {
                 reasons,
@@ -264,14 +296,21 @@ impl Observer {
         Ok((
             Self {
                 state: state.clone(),
-                pipeline: Pipeline::new(state.clone(), decoder, knows_neighbours),
+                pipeline: Pipeline::new(
+                    state.clone(),
+                    decoder,
+                    Box::new(move |id| cgroups.pod_uid(id)),
+                    conntrack,
+                    knows_neighbours,
+                ),
                 events: Events::new(events)?,
                 drained,
                 found,
+                forwarded,
                 stop_looking,
                 budget,
             },
-            ebpf,
+            hooks,
         ))
     }
 
@@ -301,8 +340,20 @@ impl Observer {
                     let wall = |boot_ns| clock.at(boot_ns);
                     self.pipeline.unanswered(&found, wall, Instant::now());
                 }
-                _ = tick.tick() => self.pipeline.tick(Instant::now()),
+                Some(attempts) = self.forwarded.attempts.recv() => {
+                    self.pipeline.forwarded(attempts, Timestamp::now(), Instant::now());
+                }
+                _ = tick.tick() => {
+                    self.pipeline.tick(Instant::now());
+                    if let Some(conntrack) = &self.forwarded.source {
+                        self.state.set_source(conntrack.status());
+                        lock(&self.state.status).conntrack = conntrack.totals();
+                    }
+                }
             }
+        }
+        if let Some(conntrack) = &self.forwarded.source {
+            conntrack.stop();
         }
         self.pipeline.finish();
         Ok(())

@@ -9,6 +9,8 @@ use serde_json::json;
 
 use crate::cli::config::{CheckArgs, ReportOutput};
 use crate::cli::sentence;
+use crate::source::accept_queues;
+use crate::source::cgroups::{self, Cgroups};
 use crate::source::hooks::{self, Attach, DROPS, SourceStatus};
 use crate::source::load;
 use crate::source::symbols::Locator;
@@ -36,6 +38,8 @@ pub fn run(args: CheckArgs) -> Result<ExitCode> {
     };
     let mut sources = sources;
     sources.push(Locator::new().status());
+    sources.push(accept_queues::probe());
+    sources.push(Cgroups::open().status());
     let report = match args.output {
         ReportOutput::Text => text(&sources, problem.as_deref()),
         ReportOutput::Json => {
@@ -72,6 +76,8 @@ fn meaning(source: &str) -> &'static str {
         load::SERVICES => "name the Service of a packet that DNAT changed",
         load::REASONS_SOURCE => "say the kernel's own reason for a drop",
         "locations" => "say in which kernel function a packet was dropped",
+        accept_queues::SOURCE => "count connections lost to a full accept queue",
+        cgroups::SOURCE => "tell host-network pods apart by their cgroups",
         _ => "",
     }
 }
@@ -97,7 +103,8 @@ fn text(sources: &[SourceStatus], problem: Option<&str>) -> String {
             text += &format!("      {:<22} by {hook}\n", "");
         }
         if let Some(why) = &source.why {
-            text += &format!("      {:<22} why not: {why}\n", "");
+            let word = if source.up { "but" } else { "why not" };
+            text += &format!("      {:<22} {word}: {why}\n", "");
         }
         if let Some(lost) = source.lost {
             text += &format!("      {:<22} without it: {lost}\n", "");
@@ -149,6 +156,8 @@ mod tests {
             hooks::CONNECT_ERRORS,
             hooks::DNS,
             hooks::CONNTRACK_DEATHS,
+            accept_queues::SOURCE,
+            cgroups::SOURCE,
         ] {
             assert!(!meaning(name).is_empty(), "{name}");
         }

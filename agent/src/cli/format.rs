@@ -128,10 +128,10 @@ impl Format {
         let site = site(event, wide);
         parts.extend(match event.cause {
             None => site,
-            // A full accept queue has no site of the kernel's.
             Some(Cause::DroppedHere) => Some(match site {
                 Some(site) => format!("dropped here: {site}"),
-                None => "dropped here".to_owned(),
+                // Which the kernel counts, but not by connection.
+                None => "probably dropped here: its listener's accept queue was full".to_owned(),
             }),
             Some(Cause::Elsewhere) => Some("not dropped on this node".to_owned()),
         });

@@ -16,6 +16,7 @@ pub mod check;
 pub mod client;
 pub mod config;
 pub mod format;
+pub mod sources;
 pub mod status;
 pub mod tail;
 pub mod telemetry;

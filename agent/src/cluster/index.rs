@@ -21,6 +21,7 @@ use jiff::Timestamp;
 use super::claims::Claims;
 use super::objects::{Change, Key, Node, Object, ObjectKind, Pod, Port, Service, selects};
 use super::ranges::Ranges;
+use super::uid::{ByUid, PodUid};
 use crate::event::{Endpoint, EndpointKind, Protocol, ServiceRef, Workload};
 
 /// Objects and who holds which address. Changes are small steps; look-ups take well under a
@@ -32,6 +33,7 @@ pub struct Index {
     /// NetworkPolicies by namespace.
     policies: BTreeMap<Arc<str>, usize>,
     pods: Claims<IpAddr, Pod>,
+    pods_by_uid: ByUid,
     nodes: Claims<IpAddr, Node>,
     /// Every address of a Service's own.
     services: Claims<IpAddr, Service>,
@@ -158,6 +160,7 @@ impl Index {
 
     fn pod(&mut self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>, seen: Seen) {
         let same = old.zip(new).is_some_and(|(old, new)| same_pod(old, new));
+        self.pods_by_uid.change(old, new, same, seen.at);
         let from = new.map_or(seen.at, |pod| seen.since(pod.started));
         let times = Times { same, from, seen };
         move_claims(&mut self.pods, old, new, times, |pod| {
@@ -307,7 +310,17 @@ impl Index {
         }
     }
 
-    fn name_pod(&self, end: &mut Endpoint, pod: &Pod) {
+    /// The pod that has a UID, or had it until a while ago: that of the API, or of a static pod
+    /// the kubelet's own. Ended and host-network pods are among them. The UID alone tells the pod
+    /// at any time, as none is given twice.
+    ///
+    /// Pods are found by [a hash](super::uid::UidHash) of it.
+    pub fn pod_by_uid(&self, uid: &PodUid) -> Option<&Arc<Pod>> {
+        self.pods_by_uid.get(uid.hash())
+    }
+
+    /// Fills in a pod and what runs it, and nothing else.
+    pub fn name_pod(&self, end: &mut Endpoint, pod: &Pod) {
         end.namespace = Some(pod.key.namespace.clone());
         end.pod = Some(pod.key.name.clone());
         end.workload = self.workload(pod).cloned();
@@ -399,6 +412,7 @@ impl Index {
     /// Forgets what ended long ago; to be called now and then. Returns how many claims went.
     pub fn purge(&mut self, now: Timestamp) -> usize {
         self.pods.purge(now)
+            + self.pods_by_uid.purge(now)
             + self.nodes.purge(now)
             + self.services.purge(now)
             + self.service_ports.purge(now)
@@ -410,12 +424,14 @@ impl Index {
     pub fn tombstones(&self) -> Tombstones {
         Tombstones {
             kept: self.pods.tombstones()
+                + self.pods_by_uid.tombstones()
                 + self.nodes.tombstones()
                 + self.services.tombstones()
                 + self.service_ports.tombstones()
                 + self.node_ports.tombstones()
                 + self.host_ports.tombstones(),
             evicted_total: self.pods.evicted()
+                + self.pods_by_uid.evicted()
                 + self.nodes.evicted()
                 + self.services.evicted()
                 + self.service_ports.evicted()

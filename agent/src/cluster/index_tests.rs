@@ -3,7 +3,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::cluster::fixture::{NOW, end, index, named, text};
-use crate::cluster::{document, objects::Interner};
+use crate::cluster::{document, objects::Interner, uid::UidHash};
 
 fn pod(name: &str, ips: &[&str], started: Option<Timestamp>) -> Pod {
     Pod {
@@ -13,6 +13,7 @@ fn pod(name: &str, ips: &[&str], started: Option<Timestamp>) -> Pod {
             name: name.into(),
         },
         uid: None,
+        static_uid: None,
         node: Some("node-a".into()),
         ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
         host_network: false,
@@ -260,9 +261,10 @@ fn pods_without_a_start_time_hold_since_they_were_seen_or_always() {
 fn a_pod_of_the_same_name_is_another_pod() {
     let mut index = Index::default();
     let mut pod = pod("pg-0", &["10.0.0.1"], Some(at(0)));
-    pod.uid = Some(1);
+    pod.uid = Some(UidHash::of("1"));
     index.load([Object::Pod(Arc::new(pod.clone()))], at(10));
-    (pod.uid, pod.started, pod.node) = (Some(2), Some(at(50)), Some("node-b".into()));
+    pod.uid = Some(UidHash::of("2"));
+    (pod.started, pod.node) = (Some(at(50)), Some("node-b".into()));
     index.apply(upsert(pod), at(55));
     let node = |t| {
         let mut end = end("10.0.0.1", None);
@@ -273,6 +275,64 @@ fn a_pod_of_the_same_name_is_another_pod() {
         [node(49), node(50), node(99)],
         ["node-a", "node-b", "node-b"]
     );
+}
+
+fn by_uid(index: &Index, uid: &str) -> Option<String> {
+    let pod = index.pod_by_uid(&PodUid::new(uid))?;
+    Some(format!("{}/{}", pod.key.namespace, pod.key.name))
+}
+
+#[test]
+fn pods_are_known_by_their_uid_until_a_while_after_they_went() {
+    let mut index = Index::default();
+    let mut one = pod("pg-0", &["10.0.0.1"], Some(at(0)));
+    one.uid = Some(UidHash::of("A-1"));
+    index.load([Object::Pod(Arc::new(one.clone()))], at(10));
+    assert_eq!(by_uid(&index, "a_1").as_deref(), Some("shop/pg-0"));
+    // It ends, and is the same pod; then another takes its name, and goes.
+    one.ended = true;
+    index.apply(upsert(one.clone()), at(20));
+    assert_eq!(by_uid(&index, "a-1").as_deref(), Some("shop/pg-0"));
+    one.uid = Some(UidHash::of("a-2"));
+    index.apply(upsert(one.clone()), at(30));
+    index.apply(Change::Delete(one.key.clone()), at(40));
+    index.purge(at(629));
+    for uid in ["a-1", "a-2"] {
+        assert_eq!(by_uid(&index, uid).as_deref(), Some("shop/pg-0"), "{uid}");
+    }
+    index.purge(at(630));
+    let known = ["a-1", "a-2"].map(|uid| by_uid(&index, uid).is_some());
+    assert_eq!(known, [false, true]);
+    // The object comes back, as a file that is written anew: the end of the one that went is not
+    // its own.
+    index.apply(upsert(one), at(635));
+    index.purge(at(640));
+    assert_eq!(by_uid(&index, "a-2").as_deref(), Some("shop/pg-0"));
+}
+
+#[test]
+fn a_mirror_pod_has_the_uid_of_the_static_pod_too() {
+    let (api, hash) = (
+        "1b1c0f6e-6d0f-4b0e-9d53-0e5c2f7d9a11",
+        "5b0cf4a1d2e3f40516279f0c5a1e2b7d",
+    );
+    let mirror = |name: &str, uid: &str, hash: &str| {
+        object(&format!(
+            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: kube-system\n  \
+             uid: {uid}\n  annotations:\n    kubernetes.io/config.hash: {hash}\n    \
+             kubernetes.io/config.mirror: {hash}\nspec:\n  hostNetwork: true\n"
+        ))
+    };
+    let mut index = Index::default();
+    index.load([mirror("etcd-a", api, hash)], at(0));
+    for uid in [api, hash] {
+        let pod = by_uid(&index, uid);
+        assert_eq!(pod.as_deref(), Some("kube-system/etcd-a"), "{uid}");
+    }
+    // Anyone may write an annotation: nobody gets the UID of another pod by it.
+    let other = "2c2d0f6e-6d0f-4b0e-9d53-0e5c2f7d9a11";
+    index.apply(Change::Upsert(mirror("liar", other, api)), at(1));
+    assert_eq!(by_uid(&index, api).as_deref(), Some("kube-system/etcd-a"));
 }
 
 #[test]
@@ -317,6 +377,7 @@ fn what_is_deleted_leaves_nothing_but_tombstones() {
     index.purge(NOW + SignedDuration::from_hours(1));
     // The text of an index without anything, but for hash seeds, is that of a new one.
     assert!(index.objects.is_empty() && index.targets.is_empty() && index.endpoints.is_empty());
+    assert!(index.pods_by_uid.is_empty());
     assert!(index.counts().all(|(_, n)| n == 0) && index.network_policies().is_empty());
     for ip in ["10.244.1.7", "192.168.1.10", "10.96.0.12", "10.244.1.99"] {
         assert_eq!(named_in(&index, ip, 1).kind, Some(EndpointKind::External));

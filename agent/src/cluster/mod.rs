@@ -8,6 +8,7 @@
 //! | [`files`] | `--objects`: reading files and folders, and noticing that they changed |
 //! | [`claims`] | who held something, from when to when |
 //! | [`ranges`] | the nodes' pod ranges |
+//! | [`uid`] | pods by UID, as objects and cgroups write it |
 //! | [`index`] | address and port to pod, node and Service, at a time |
 
 pub mod claims;
@@ -19,6 +20,8 @@ pub mod index;
 pub mod objects;
 pub mod parse;
 pub mod ranges;
+pub mod uid;
 
 pub use index::Index;
 pub use objects::{Change, Key, Object, ObjectKind};
+pub use uid::PodUid;

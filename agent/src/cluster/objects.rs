@@ -7,6 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use jiff::Timestamp;
 
+use super::uid::UidHash;
 use crate::event::{Protocol, Workload};
 
 /// The kinds that are used; all others are ignored.
@@ -115,8 +116,11 @@ pub struct Port {
 pub struct Pod {
     /// Its name.
     pub key: Key,
-    /// Tells it from an earlier pod of the same name; a hash, only ever compared.
-    pub uid: Option<u64>,
+    /// Tells it from an earlier pod of the same name.
+    pub uid: Option<UidHash>,
+    /// The UID of the static pod that this one mirrors: the kubelet's own, which its cgroups
+    /// carry.
+    pub static_uid: Option<UidHash>,
     /// `spec.nodeName`.
     pub node: Option<Arc<str>>,
     /// `status.podIPs` (and `podIP`) of both families.
@@ -135,6 +139,13 @@ pub struct Pod {
     pub controller: Option<Workload>,
     /// The top of its owners as far as the pod itself tells.
     pub workload: Option<Workload>,
+}
+
+impl Pod {
+    /// Every UID that it is known by.
+    pub fn uids(&self) -> impl Iterator<Item = UidHash> {
+        self.uid.into_iter().chain(self.static_uid)
+    }
 }
 
 /// A Service.

@@ -16,6 +16,7 @@ use serde_json::Value;
 use self::network::{RawEndpointSlice, RawEndpoints, RawNode, RawService};
 use self::pod::RawPod;
 use super::objects::{Endpoints, Interner, Key, Labels, Object, ObjectKind, Port};
+use super::uid::{self, UidHash};
 use crate::event::Workload;
 
 mod network;
@@ -171,7 +172,14 @@ struct Metadata {
     uid: Option<String>,
     creation_timestamp: Option<Timestamp>,
     labels: Option<BTreeMap<String, String>>,
+    annotations: Option<Annotations>,
     owner_references: Option<Vec<OwnerReference>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Annotations {
+    #[serde(rename = "kubernetes.io/config.hash")]
+    config_hash: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -182,6 +190,14 @@ struct OwnerReference {
 }
 
 impl Metadata {
+    /// The UID of the static pod that a mirror pod stands for. Whoever may make a pod may write
+    /// this annotation: what is no hash of the kubelet's is not taken, so that nobody takes the
+    /// UID of a pod of the API.
+    fn static_uid(&self) -> Option<UidHash> {
+        let hash = self.annotations.as_ref()?.config_hash.as_deref()?;
+        uid::is_config_hash(hash).then(|| UidHash::of(hash))
+    }
+
     /// The owner that controls the object; of a single one that does not say, that one.
     fn controller(&self, strings: &mut Interner) -> Option<Workload> {
         let owners = self.owner_references.as_deref().unwrap_or_default();

@@ -59,7 +59,12 @@ impl Decoder {
             waited: Duration::from_nanos(boot_ns.saturating_sub(connect.start_ns)),
             // A SYN that was dropped before a device had it was sent as well.
             sent: u64::from(connect.sent.max(sent_at_least(&connect.drop))),
-            flow: after_dnat(flow, &connect.drop, version),
+            flow: after_dnat(
+                flow,
+                (&connect.wire.destination, connect.wire.destination_port),
+                &connect.drop,
+                version,
+            ),
             cgroup: (connect.cgroup != 0).then_some(connect.cgroup),
             netns: (connect.netns != 0).then_some(connect.netns),
             dns: None,
@@ -91,7 +96,12 @@ impl Decoder {
             since: wall(query.start_ns),
             waited: Duration::from_nanos(boot_ns.saturating_sub(query.start_ns)),
             sent: u64::from(query.sent),
-            flow: after_dnat(flow, &query.drop, version),
+            flow: after_dnat(
+                flow,
+                (&query.real_server, query.real_server_port),
+                &query.drop,
+                version,
+            ),
             cgroup: (query.cgroup != 0).then_some(query.cgroup),
             netns: (query.netns != 0).then_some(query.netns),
             dns: dns::question(&query.message[..len]),
@@ -109,13 +119,15 @@ fn sent_at_least(drop: &LastDrop) -> u32 {
     if drop.is_answer == 0 { drop.packets } else { 0 }
 }
 
-/// Where the packet really went, if it was dropped after its DNAT.
-fn after_dnat(flow: Flow, drop: &LastDrop, version: u8) -> Flow {
-    let real = (address(&drop.destination, version), drop.destination_port);
-    if drop.packets == 0 || drop.destination == [0; 16] {
-        return flow;
-    }
-    flow.translated_to(real)
+/// Where the packets really went, as far as is known: by the conntrack of the sender's own namespace
+/// (`wire`), and where one of them was dropped after its DNAT.
+fn after_dnat(flow: Flow, wire: (&[u8; 16], u16), drop: &LastDrop, version: u8) -> Flow {
+    let dropped = (&drop.destination, drop.destination_port);
+    let known = [dropped, wire].into_iter();
+    let mut known = known.filter(|(ip, _)| **ip != [0; 16]);
+    known.next().map_or(flow, |(ip, port)| {
+        flow.translated_to((address(ip, version), port))
+    })
 }
 
 impl Flow {

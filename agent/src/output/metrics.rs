@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +13,10 @@ use prometheus_client::registry::Registry;
 use whydrop_ebpf::attempt::LATENCY_BUCKETS_NS;
 
 use crate::event::{LostStage, Outcome};
+use crate::record::listen::{Listener, Lost};
 use crate::record::{End, Pair, Series, Snapshot};
 use crate::senders::{ConnectResult, Counts, Sender, rcode_name};
+use crate::source::conntrack;
 use crate::state::{State, Status};
 use crate::sync::lock;
 
@@ -84,9 +87,19 @@ impl Collector for Metrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let state = &*self.0;
         let snapshot = lock(&state.record).snapshot();
-        drops(&mut encoder, &snapshot)?;
-        let senders = lock(&state.senders).snapshot();
+        let (listeners, listen_overflow) = {
+            let listen_drops = lock(&state.listen_drops);
+            (listen_drops.snapshot(), listen_drops.overflow())
+        };
+        let (senders, senders_overflow) = {
+            let senders = lock(&state.senders);
+            (senders.snapshot(), senders.overflow())
+        };
+        let other_overflow = listen_overflow + senders_overflow;
+        drops(&mut encoder, &snapshot, other_overflow)?;
+        listen_drops(&mut encoder, &listeners)?;
         attempts(&mut encoder, &senders)?;
+        conntrack_table(&mut encoder)?;
         losses(&mut encoder, state)?;
         sources(&mut encoder, &lock(&state.status))?;
         gauges(
@@ -110,8 +123,12 @@ impl Collector for Metrics {
     }
 }
 
-/// What was dropped.
-fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Snapshot) -> fmt::Result {
+/// What was dropped. `other_overflow` is what the other counters had no series for.
+fn drops(
+    encoder: &mut DescriptorEncoder<'_>,
+    record: &Snapshot,
+    other_overflow: u64,
+) -> fmt::Result {
     for (outcome, named) in [
         (
             Outcome::Dropped,
@@ -175,9 +192,10 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Snapshot) -> fmt::Result 
         encoder,
         (
             "whydrop_series_overflow",
-            "Packets counted under __other__ because --max-series was reached",
+            "Packets, attempts and lost connections counted under __other__ because --max-series was \
+             reached",
         ),
-        [(Vec::new(), record.overflow_packets)],
+        [(Vec::new(), record.overflow_packets + other_overflow)],
     )?;
     counters(
         encoder,
@@ -192,6 +210,41 @@ fn drops(encoder: &mut DescriptorEncoder<'_>, record: &Snapshot) -> fmt::Result 
                 record.expired_packets.get(&outcome).copied().unwrap_or(0),
             )
         }),
+    )
+}
+
+/// What no drop shows: connections lost to full accept queues.
+fn listen_drops(
+    encoder: &mut DescriptorEncoder<'_>,
+    listeners: &[(Listener, Lost)],
+) -> fmt::Result {
+    let rows = listeners.iter().flat_map(|(listener, lost)| {
+        let names = match listener {
+            Listener::Known {
+                namespace,
+                pod,
+                workload,
+            } => [namespace, pod, workload].map(text),
+            Listener::Other => ["__other__"; 3].map(Cow::from),
+        };
+        lost.stats().map(|(stat, value)| {
+            let names = ["namespace", "pod", "workload"]
+                .into_iter()
+                .zip(names.clone());
+            let mut labels: Labels<'_> = names.collect();
+            labels.push(("stat", stat.into()));
+            (labels, value)
+        })
+    });
+    counters(
+        encoder,
+        (
+            "whydrop_listen_drops",
+            "Connections lost to a full accept queue, which no drop shows: the kernel's \
+             ListenOverflows and ListenDrops of each pod's network namespace; without names those \
+             of the node's own, and of pods that are not known",
+        ),
+        rows,
     )
 }
 
@@ -274,6 +327,42 @@ fn with<'s>(sender: &'s Sender, label: &'static str, value: impl Into<Cow<'s, st
     labels
 }
 
+/// The conntrack table of the node's own namespace. What the kernel does not show is absent.
+fn conntrack_table(encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let stats = conntrack::stats(Path::new("/proc"));
+    gauges(
+        encoder,
+        (
+            "whydrop_conntrack_entries",
+            "Entries in the node's conntrack table",
+        ),
+        stats.entries.map(|n| (Vec::new(), n)),
+    )?;
+    gauges(
+        encoder,
+        (
+            "whydrop_conntrack_limit",
+            "Entries that the node's conntrack table may have",
+        ),
+        stats.limit.map(|n| (Vec::new(), n)),
+    )?;
+    let rows = [
+        ("drop", stats.drop),
+        ("early_drop", stats.early_drop),
+        ("insert_failed", stats.insert_failed),
+        ("invalid", stats.invalid),
+    ];
+    counters(
+        encoder,
+        (
+            "whydrop_conntrack_stat",
+            "The kernel's own counters of the node's conntrack table",
+        ),
+        rows.into_iter()
+            .filter_map(|(stat, n)| Some((one("stat", stat), n?))),
+    )
+}
+
 /// What is missing from detail, and what went wrong.
 fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
     let status = lock(&state.status);
@@ -284,6 +373,7 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
         ("answer", status.answers_lost),
         ("connects", status.lost_connects()),
         ("dns", status.attempts.queries_lost),
+        ("conntrack", status.lost_forwarded()),
         ("queue", state.stream.lost(LostStage::Queue)),
         ("reader", state.stream.lost(LostStage::Reader)),
     ];
@@ -293,8 +383,8 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
             "whydrop_events_lost",
             "What was not kept in detail: map (packets counted without their pair), recursion \
              (packets counted without their reason), ring and queue (events whose packets are \
-             counted), answer (answers that could not be laid to a late drop), connects and dns (attempts that \
-             were not followed because too many waited), reader (packets \
+             counted), answer (answers that could not be laid to a late drop), connects, dns and conntrack (attempts \
+             that were not followed because too many waited), reader (packets \
              in lines that a slow reader of the stream did not get)",
         ),
         lost.into_iter().map(|(stage, n)| (one("stage", stage), n)),
@@ -315,6 +405,8 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
         state
             .errors
             .counts()
+            .into_iter()
+            .chain([("conntrack", status.conntrack.errors)])
             .map(|(stage, n)| (one("stage", stage), n)),
     )
 }

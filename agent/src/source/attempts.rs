@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use whydrop_ebpf::attempt::{
-    AttemptCpu, Connect, END_ABANDONED, END_LATE, EndedKey, Query, QueryKey, Swept,
+    AttemptCpu, ClientKey, Connect, END_ABANDONED, END_LATE, EndedKey, Query, QueryKey, Swept,
 };
 
 use super::drain::add_attempts;
@@ -78,6 +78,8 @@ pub struct Setup {
     pub dns_timeout: Duration,
     /// Queries that fit into their map.
     pub queries: u32,
+    /// Whether answers to DNS queries are seen; it can begin later.
+    pub is_dns_watched: Arc<AtomicBool>,
 }
 
 /// Starts the thread; it ends when `stop` is set, or when nobody receives any more.
@@ -130,10 +132,7 @@ impl Sweeper {
         Self {
             syn_timeout_ns: nanoseconds(setup.syn_timeout),
             dns_timeout_ns: nanoseconds(setup.dns_timeout),
-            swept: Swept {
-                is_dns_watched: u64::from(setup.maps.is_dns_watched),
-                ..Swept::default()
-            },
+            swept: Swept::default(),
             setup,
             connects_due_ns: 0,
             queries_due_ns: 0,
@@ -151,6 +150,9 @@ impl Sweeper {
             boot_ns: now,
             ..Found::default()
         };
+        if self.swept.is_dns_watched == 0 && self.setup.is_dns_watched.load(Ordering::Relaxed) {
+            found.error = self.write_swept().err();
+        }
         match self.counts() {
             Ok(counts) => {
                 let result = self.look_at_connects(now, &counts, &mut found);
@@ -160,7 +162,7 @@ impl Sweeper {
                     || counts.ended_lost != self.counts.ended_lost;
                 self.counts = counts;
                 found.counts = counts;
-                found.error = result.err();
+                found.error = found.error.or(result.err());
                 if found.unanswered.is_empty()
                     && found.abandoned.is_empty()
                     && found.error.is_none()
@@ -203,7 +205,7 @@ impl Sweeper {
                 let due_ns = connect.start_ns.saturating_add(timeout);
                 if due_ns > now {
                     next = next.min(due_ns);
-                } else if due_ns > last {
+                } else if due_ns > last && !was_told(connect.told_ns, due_ns) {
                     due.push((socket, connect));
                 }
                 if now.saturating_sub(connect.start_ns.max(connect.sent_ns)) > STALE_NS.max(timeout)
@@ -322,10 +324,33 @@ impl Sweeper {
             let set = self.setup.maps.forgotten.set(0, self.forgotten, 0);
             set.map_err(|e| format!("cannot say how many DNS queries were forgotten: {e}"))?;
         }
+        self.leave_out_refused(found);
         self.leave_out_resends(now, found);
         self.queries_due_ns = next;
         self.swept.queries_ns = now;
         self.write_swept()
+    }
+
+    /// Takes out queries whose sender was told: by an answer to each of its packets that this node
+    /// dropped, or by an error of its socket.
+    fn leave_out_refused(&self, found: &mut Found) {
+        let timeout = self.dns_timeout_ns;
+        found.unanswered.retain(|unanswered| {
+            let Unanswered::Query(key, query) = unanswered else {
+                return true;
+            };
+            if query.drop.told != 0 && u32::from(query.drop.told) >= query.sent {
+                return false;
+            }
+            let client = ClientKey {
+                client: key.client,
+                port: key.port,
+                pad: 0,
+            };
+            let told_ns = self.setup.maps.clients_told.get(&Plain(client), 0);
+            let due_ns = query.start_ns.saturating_add(timeout);
+            !told_ns.is_ok_and(|told_ns| told_ns >= query.start_ns && was_told(told_ns, due_ns))
+        });
     }
 
     /// Takes out queries that were told of before and were sent again from another port: the next
@@ -366,10 +391,16 @@ impl Sweeper {
     }
 
     fn write_swept(&mut self) -> Result<(), String> {
+        self.swept.is_dns_watched = self.setup.is_dns_watched.load(Ordering::Relaxed).into();
         let swept = Plain(self.swept);
         let set = self.setup.maps.swept.set(0, swept, 0);
         set.map_err(|e| format!("cannot tell the programs how far was looked: {e}"))
     }
+}
+
+/// Whether a sender was told that it was refused, before its attempt was due.
+fn was_told(told_ns: u64, due_ns: u64) -> bool {
+    told_ns != 0 && told_ns < due_ns
 }
 
 /// Divides what was found into messages of a bounded size; the first has the numbers.

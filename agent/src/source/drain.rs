@@ -5,9 +5,9 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use aya::maps::PerCpuValues;
@@ -19,6 +19,7 @@ use whydrop_ebpf::{Control, Cpu, FlowCount, FlowKey, OverflowCount, OverflowKey,
 use super::budget::Budget;
 use super::load::{self, Maps};
 use super::sys::{self, Plain};
+use crate::sync::lock;
 
 /// How long a generation lasts while something is dropped. Each flow that goes on is a new key in
 /// each generation, which costs several times what adding to it does; a scrape need not wait for
@@ -87,12 +88,15 @@ pub struct Drainer {
     stop: Arc<AtomicBool>,
 }
 
+/// The attached programs: their names and file descriptors. Some are attached later.
+pub type Programs = Arc<Mutex<Vec<(String, OwnedFd)>>>;
+
 /// What the thread is started with.
 pub struct Setup {
     /// The counts.
     pub maps: Maps,
     /// File descriptors of the attached programs, by name.
-    pub programs: Vec<(String, OwnedFd)>,
+    pub programs: Programs,
     /// Numbers of the reasons that are benign whatever the packet was.
     pub benign_reasons: Vec<u32>,
     /// Sizes.
@@ -341,9 +345,7 @@ impl State {
                 tallies.push((what as u8, detail as u8, sum));
             }
         }
-        let programs = self
-            .setup
-            .programs
+        let programs = lock(&self.setup.programs)
             .iter()
             .map(|(name, fd)| {
                 let field = |field| load::fd_info(fd, field).unwrap_or(0);

@@ -107,7 +107,7 @@ pub const HOOKS: [Hook; 7] = [
 ];
 
 /// Whether a source works, and what is lost if not.
-#[derive(Clone, Debug, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct SourceStatus {
     /// As in `whydrop_source_up{source}`.
     pub source: &'static str,
@@ -116,7 +116,7 @@ pub struct SourceStatus {
     /// The hook that it uses.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hook: Option<String>,
-    /// Why it does not work.
+    /// Why it does not work, or what it leaves out where it does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
     /// What is lost without it; absent while it works.
@@ -264,7 +264,9 @@ fn brief(error: &ProgramError) -> String {
     if let ProgramError::LoadError { io_error, .. } = error {
         return format!("the kernel refused the program: {io_error}");
     }
-    let causes = std::iter::successors(error.source(), |cause: &&dyn std::error::Error| (*cause).source());
+    let causes = std::iter::successors(error.source(), |cause: &&dyn std::error::Error| {
+        (*cause).source()
+    });
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 

@@ -1,15 +1,15 @@
 //! Loading and attaching the programs, each on its own: what one kernel refuses, another part of
 //! whydrop does without, and says so.
 
-use std::collections::HashMap;
+use std::collections;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuHashMap, RingBuf};
 use aya::{Btf, Ebpf, EbpfLoader, VerifierLogLevel};
-use whydrop_ebpf::attempt::{Settings, Swept, Tally};
+use whydrop_ebpf::attempt::{ClientKey, Settings, Swept, Tally};
 use whydrop_ebpf::{Control, OverflowCount, OverflowKey, PerCpu, REASONS};
 
 use super::btf::{self, KernelTypes};
@@ -55,12 +55,12 @@ pub struct AttemptMaps {
     pub queries: std::os::fd::OwnedFd,
     /// How many of them the agent took out.
     pub forgotten: Array<MapData, u64>,
+    /// When sockets that ask for names were told of an error.
+    pub clients_told: HashMap<MapData, Plain<ClientKey>, u64>,
     /// How far the agent has looked.
     pub swept: Array<MapData, Plain<Swept>>,
     /// Each CPU's own counts, once more: another thread reads them.
     pub counts: PerCpuArray<MapData, Plain<PerCpu>>,
-    /// Answers to DNS queries are seen, so queries may be noted.
-    pub is_dns_watched: bool,
 }
 
 /// What stays open as long as the agent observes; dropping it detaches everything.
@@ -76,13 +76,15 @@ pub struct Loaded {
     /// What works.
     pub sources: Vec<SourceStatus>,
     /// The kernel's names of drop reasons.
-    pub reasons: HashMap<u32, Arc<str>>,
+    pub reasons: collections::HashMap<u32, Arc<str>>,
     /// Whether the tracepoint passes a reason.
     pub has_reasons: bool,
     /// Sizes of the maps.
     pub budget: Budget,
     /// File descriptors of the attached programs, by name.
     pub programs: Vec<(String, std::os::fd::OwnedFd)>,
+    /// Sources whose hook this kernel did not take, and may take later.
+    pub missing: Vec<&'static str>,
 }
 
 /// What the programs are loaded with.
@@ -130,6 +132,7 @@ pub fn load(options: Options) -> Result<Loaded> {
 
     let mut sources = Vec::new();
     let mut programs = Vec::new();
+    let mut missing = Vec::new();
     for hook in &hooks::HOOKS {
         let off = match hook.source {
             hooks::CONNTRACK_DEATHS if !options.conntrack => {
@@ -146,6 +149,7 @@ pub fn load(options: Options) -> Result<Loaded> {
             )),
             _ => None,
         };
+        let is_off = off.is_some();
         let result = off.map_or_else(
             || hooks::attach(&mut ebpf, hook, options.attach, Some(&btf)),
             Err,
@@ -160,6 +164,9 @@ pub fn load(options: Options) -> Result<Loaded> {
             && let Some(fd) = hooks::program_fd(&ebpf, attached.program)
         {
             programs.push((attached.program.to_owned(), fd));
+        }
+        if result.is_err() && !is_off {
+            missing.push(hook.source);
         }
         sources.push(hook.status(result.map(|attached| attached.hook)));
     }
@@ -201,19 +208,14 @@ pub fn load(options: Options) -> Result<Loaded> {
         tallies: [map_fd(&tallies[0])?, map_fd(&tallies[1])?],
         tallies_other: PerCpuArray::try_from(take(&mut ebpf, "TALLIES_OTHER")?)?,
     };
-    let is_up = |name| {
-        sources
-            .iter()
-            .any(|s: &SourceStatus| s.source == name && s.up)
-    };
     let attempts = AttemptMaps {
         connects: map_fd(&take(&mut ebpf, "CONNECTS")?)?,
         ended: map_fd(&take(&mut ebpf, "ENDED")?)?,
         queries: map_fd(&take(&mut ebpf, "QUERIES")?)?,
+        clients_told: HashMap::try_from(take(&mut ebpf, "CLIENTS_TOLD")?)?,
         forgotten: Array::try_from(take(&mut ebpf, "QUERIES_FORGOTTEN")?)?,
         swept: Array::try_from(take(&mut ebpf, "SWEPT")?)?,
         counts: PerCpuArray::try_from(Map::PerCpuArray(MapData::from_fd(counts)?))?,
-        is_dns_watched: is_up(hooks::DNS),
     };
     let events = RingBuf::try_from(take(&mut ebpf, "EVENTS")?)?;
     Ok(Loaded {
@@ -226,6 +228,7 @@ pub fn load(options: Options) -> Result<Loaded> {
         has_reasons,
         budget,
         programs,
+        missing,
     })
 }
 

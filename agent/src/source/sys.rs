@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use whydrop_ebpf::attempt::{
-    Connect, Died, EndedKey, Query, QueryKey, Settings, Swept, Tally, TallyKey,
+    ClientKey, Connect, Died, EndedKey, Query, QueryKey, Settings, Swept, Tally, TallyKey,
 };
 use whydrop_ebpf::{
     Control, DropEvent, FlowCount, FlowKey, Offsets, OverflowCount, OverflowKey, PerCpu, REASONS,
@@ -41,6 +41,8 @@ unsafe impl aya::Pod for Plain<OverflowKey> {}
 unsafe impl aya::Pod for Plain<[u8; REASONS]> {}
 // SAFETY: a number.
 unsafe impl aya::Pod for Plain<u64> {}
+// SAFETY: as above.
+unsafe impl aya::Pod for Plain<ClientKey> {}
 // SAFETY: as above.
 unsafe impl aya::Pod for Plain<Connect> {}
 // SAFETY: as above.

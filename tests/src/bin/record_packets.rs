@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use whydrop::source::load::{self, Attach, Loaded};
 use whydrop::source::sys::{self, Plain};
-use whydrop_ebpf::{Control, DropEvent, SNAP_LEN};
+use whydrop_ebpf::{Control, DropEvent, FlowCount, FlowKey, SNAP_LEN};
 use whydrop_tests::agent::POLL;
 use whydrop_tests::lab::{Family, Host, Lab, Place, TC_SHOT, mac_bytes};
 use whydrop_tests::packet::{self, IpOptions, ether_type, flags, protocol};
@@ -140,7 +140,9 @@ fn record(loaded: &mut Loaded, directory: &std::path::Path, sent: &Sent) -> Resu
     loop {
         // A flow shows no more than its first packets.
         let flows = loaded.maps.flows[0].as_fd();
-        sys::drain_flows(flows, loaded.budget.cpus, 64, |_, _| ()).context("empty the flow map")?;
+        let cpus = loaded.budget.cpus;
+        let forget = |_: FlowKey, _: &mut dyn Iterator<Item = FlowCount>| ();
+        sys::batch(flows, sys::Batch::Take, cpus, 64, forget).context("empty the flow map")?;
         while let Some(item) = loaded.events.next() {
             let bytes = item.to_vec();
             drop(item);

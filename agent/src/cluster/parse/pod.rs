@@ -1,6 +1,5 @@
 //! A pod's fields, and what runs it.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 
 use jiff::Timestamp;
@@ -8,6 +7,7 @@ use serde::Deserialize;
 
 use super::{Address, Manifest, Metadata, addresses, both, canonical, shared};
 use crate::cluster::objects::{Interner, Key, Pod, Port};
+use crate::cluster::uid::UidHash;
 use crate::event::{Protocol, Workload};
 
 pub(super) type RawPod = Manifest<PodSpec, PodStatus>;
@@ -77,11 +77,8 @@ impl RawPod {
         }
         Pod {
             key,
-            uid: self.metadata.uid.map(|uid| {
-                let mut hasher = DefaultHasher::new();
-                uid.hash(&mut hasher);
-                hasher.finish()
-            }),
+            uid: self.metadata.uid.as_deref().map(UidHash::of),
+            static_uid: self.metadata.static_uid(),
             node: spec.node_name.map(|name| strings.get(&name)),
             ips: canonical(ips),
             host_network: spec.host_network.unwrap_or(false),

@@ -1,0 +1,128 @@
+//! The agent's sources that are threads of their own: what they are started with, and where what they
+//! find goes.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+
+use crate::decode::Flow;
+use crate::decode::attempt::Attempt;
+use crate::enrich;
+use crate::event::EndpointKind;
+use crate::pipeline::{Conntrack, RealDestination};
+use crate::record::listen::Lost;
+use crate::source::accept_queues::{Counts, Settled};
+use crate::source::conntrack::{self, LocalTuples, Lookup, Source, Tuple};
+use crate::source::load::Options;
+use crate::source::namespaces::Namespace;
+use crate::state::State;
+use crate::sync::lock;
+
+/// Messages of attempts that conntrack found; while it is full nothing is decided.
+const ATTEMPTS_QUEUE: usize = 4;
+
+/// Counts connections lost to full accept queues on a thread that ends when the sender is dropped.
+pub fn watch_accept_queues(state: Arc<State>) -> Result<std::sync::mpsc::Sender<()>> {
+    let (running, stop) = std::sync::mpsc::channel();
+    let settle = {
+        let state = state.clone();
+        move |namespace: &Namespace, counts: Counts, is_last: bool| {
+            let pod = match namespace.host {
+                true => None,
+                false => enrich::pod_of_namespace(
+                    namespace.pod.as_ref(),
+                    &namespace.addresses,
+                    &state.index(),
+                    Timestamp::now(),
+                ),
+            };
+            let is_named = namespace.host || pod.is_some();
+            if !is_named && !is_last {
+                return Settled::Later;
+            }
+            // One that is in no pod's cgroup and has no pod's address is no pod's.
+            if is_named || namespace.pod.is_some() {
+                let Counts { overflows, drops } = counts;
+                let lost = Lost { overflows, drops };
+                lock(&state.listen_drops).add(pod.as_ref(), lost, Instant::now());
+            }
+            Settled::Done
+        }
+    };
+    std::thread::Builder::new()
+        .name("accept-queues".to_owned())
+        .spawn(move || {
+            let status = |now| state.set_source(now);
+            state.accept_queues.run(&stop, settle, status);
+        })
+        .context("cannot start reading the accept queues")?;
+    Ok(running)
+}
+
+/// Conntrack's attempts, and the handle that ends the source.
+pub struct Forwarded {
+    /// The handle; `None` where conntrack is switched off.
+    pub source: Option<Source>,
+    /// What it finds.
+    pub attempts: mpsc::Receiver<Vec<Attempt>>,
+}
+
+/// Starts looking for connections that nobody answered and whose sender is no socket of this kernel.
+pub fn watch_conntrack(state: &Arc<State>, options: &Options) -> Result<(Forwarded, Conntrack)> {
+    let local = Arc::new(Mutex::new(LocalTuples::new()));
+    let (sender, attempts) = mpsc::channel(ATTEMPTS_QUEUE);
+    let mut source = None;
+    if options.conntrack {
+        let is_foreign = {
+            let state = state.clone();
+            move |ip: &std::net::IpAddr| is_foreign(&state, *ip)
+        };
+        let mut setup = conntrack::Setup::new(
+            options.syn_timeout,
+            options.dns_timeout,
+            local.clone(),
+            Box::new(is_foreign),
+        );
+        // A SYN that is not sent again within its first second was given up, or refused by an ICMP
+        // error, which conntrack does not show. With a shorter timeout nobody can know.
+        setup.resent_only = options.syn_timeout > Duration::from_millis(1_500);
+        let started = Source::start(setup, sender).context("cannot start looking at conntrack")?;
+        source = Some(started);
+    }
+    let destination: RealDestination = if options.conntrack {
+        let mut lookup = Lookup::new("/proc");
+        Box::new(move |flow| real_destination(&mut lookup, flow))
+    } else {
+        Box::new(|_| None)
+    };
+    let forwarded = Forwarded { source, attempts };
+    Ok((forwarded, Conntrack { local, destination }))
+}
+
+/// Whether attempts from an address are counted by nobody else: neither on another node, by the
+/// socket there, nor on this one.
+fn is_foreign(state: &State, ip: std::net::IpAddr) -> bool {
+    let mut sender = crate::event::Endpoint {
+        ip: Some(ip),
+        ..Default::default()
+    };
+    state.index().name(&mut sender, None, Timestamp::now());
+    let is_of_cluster = matches!(sender.kind, Some(EndpointKind::Pod | EndpointKind::Node));
+    let is_elsewhere = is_of_cluster && sender.node.as_deref() != Some(&*state.node);
+    let namespaces = state.accept_queues.namespaces();
+    !is_elsewhere && namespaces.with_address(ip).is_empty()
+}
+
+fn real_destination(lookup: &mut Lookup, flow: &Flow) -> Option<(std::net::IpAddr, u16)> {
+    let asked = Tuple::asked(flow)?;
+    match lookup.destination(&asked) {
+        Ok(real) => real.map(|real| (real.ip(), real.port())),
+        Err(error) => {
+            tracing::debug!(%error, "conntrack does not say where a connection went");
+            None
+        }
+    }
+}
