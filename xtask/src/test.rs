@@ -14,6 +14,7 @@ use crate::{
     command::{cargo, command, root, run as execute},
     dependencies, fuzz,
     setup::{self, Found, Need},
+    vm::{self, matrix::Matrix},
 };
 
 /// Seconds of the short run of each fuzz target.
@@ -25,7 +26,7 @@ pub struct Args {
     group: Option<Group>,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Group {
     /// Format, lints, dependencies, unit tests, a short run of the fuzz targets
     Unit,
@@ -47,11 +48,14 @@ enum Outcome {
 
 /// Sets up, runs the groups and prints the table; fails if a group does.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let found = setup::run()?;
-    found.ready_to_build()?;
     let groups = args
         .group
         .map_or_else(|| Group::value_variants().to_vec(), |group| vec![group]);
+    let mut found = setup::run()?;
+    if groups.contains(&Group::Vm) {
+        found = found.with_vm();
+    }
+    found.ready_to_build()?;
     let outcomes: Vec<_> = groups
         .into_iter()
         .map(|group| (name(group), outcome(group, &found)))
@@ -76,9 +80,8 @@ fn outcome(group: Group, found: &Found) -> Outcome {
     match group {
         Group::Unit => unit(found),
         Group::Netns => netns(found),
-        Group::Vm | Group::Kube | Group::Deploy => {
-            Outcome::Skipped("not in this version".to_owned())
-        }
+        Group::Vm => machines(found),
+        Group::Kube | Group::Deploy => Outcome::Skipped("not in this version".to_owned()),
     }
 }
 
@@ -177,6 +180,18 @@ fn labs() -> Result<()> {
             .args(["--test=netfilter", "--test=packets"])
             .env("WHYDROP_ATTACH", "raw_tp"),
     )
+}
+
+fn machines(found: &Found) -> Outcome {
+    if let Some(reason) = vm::cannot(found).or_else(|| found.lacks(Need::Lab)) {
+        return Outcome::Skipped(reason);
+    }
+    match vm::matrix::run() {
+        Ok(Matrix::Good(what)) => Outcome::Passed(what),
+        Ok(Matrix::Bad(what)) => Outcome::Failed(what),
+        Ok(Matrix::NoKernel(why)) => Outcome::Skipped(why),
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    }
 }
 
 /// Why the lab cannot run on this machine.
