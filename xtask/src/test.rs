@@ -24,6 +24,9 @@ const FUZZ_SECONDS: u32 = 20;
 pub struct Args {
     /// The group to run; all of them if it is left out
     group: Option<Group>,
+    /// Of the group vm only this kernel: 5.10, 6.1, 6.12, newest
+    #[arg(long, value_name = "KERNEL")]
+    kernel: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -58,7 +61,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     found.ready_to_build()?;
     let outcomes: Vec<_> = groups
         .into_iter()
-        .map(|group| (name(group), outcome(group, &found)))
+        .map(|group| (name(group), outcome(group, args, &found)))
         .collect();
     print!("\n{}", table(&outcomes));
     let failed = outcomes
@@ -76,11 +79,11 @@ fn name(group: Group) -> String {
     value.map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
-fn outcome(group: Group, found: &Found) -> Outcome {
+fn outcome(group: Group, args: &Args, found: &Found) -> Outcome {
     match group {
         Group::Unit => unit(found),
         Group::Netns => netns(found),
-        Group::Vm => machines(found),
+        Group::Vm => machines(args.kernel.as_deref(), found),
         Group::Kube | Group::Deploy => Outcome::Skipped("not in this version".to_owned()),
     }
 }
@@ -182,11 +185,11 @@ fn labs() -> Result<()> {
     )
 }
 
-fn machines(found: &Found) -> Outcome {
+fn machines(kernel: Option<&str>, found: &Found) -> Outcome {
     if let Some(reason) = vm::cannot(found).or_else(|| found.lacks(Need::Lab)) {
         return Outcome::Skipped(reason);
     }
-    match vm::matrix::run() {
+    match vm::matrix::run(kernel) {
         Ok(Matrix::Good(what)) => Outcome::Passed(what),
         Ok(Matrix::Bad(what)) => Outcome::Failed(what),
         Ok(Matrix::NoKernel(why)) => Outcome::Skipped(why),

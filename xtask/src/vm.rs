@@ -7,9 +7,15 @@ mod machine;
 pub mod matrix;
 mod steps;
 
-use std::{fs, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{self, ExitCode},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail};
+use tempfile::TempDir;
 
 use self::{
     kernels::Kernel,
@@ -24,6 +30,8 @@ use crate::{
 
 /// Where programs lie in the machine.
 const PROGRAMS: &str = "/usr/bin";
+/// What the labs find in their environment. Large maps take the kernel a second to make.
+const ENVIRONMENT: &str = "WHYDROP_BIN=/usr/bin/whydrop WHYDROP_MAP_MEMORY=4MiB";
 /// A command that takes longer than this is not waited for.
 const LIMIT: Duration = Duration::from_secs(3600);
 
@@ -37,6 +45,9 @@ pub struct Args {
     /// A file to have in the machine, in its first folder
     #[arg(long, value_name = "PATH")]
     file: Vec<PathBuf>,
+    /// Have the labs in the machine as well, each as `lab-NAME`
+    #[arg(long)]
+    labs: bool,
     /// The command and its arguments; a shell on this terminal if there is none
     #[arg(last = true)]
     command: Vec<String>,
@@ -49,8 +60,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if let Some(reason) = cannot(&found) {
         bail!("no virtual machine: {reason}");
     }
-    let kernel = kernels::get(suite(&args.kernel), &folder())?;
-    let mut programs = vec![(build::shipped()?, format!("{PROGRAMS}/whydrop"))];
+    let kernel = kernels::get(suite(&args.kernel))?;
+    let mut programs = if args.labs {
+        matrix::programs()?
+    } else {
+        vec![(build::shipped()?, format!("{PROGRAMS}/whydrop"))]
+    };
     for file in &args.file {
         let name = file.file_name().context("--file names no file")?;
         programs.push((file.clone(), format!("/root/{}", name.to_string_lossy())));
@@ -58,11 +73,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let place = Place::new()?;
     let interactive = args.command.is_empty();
     let script = if interactive {
-        "stty -F /dev/ttyS1 sane; cd /root; setsid -c sh -i\n".to_owned()
+        format!("stty -F /dev/ttyS1 sane; cd /root; {ENVIRONMENT} setsid -c sh -i\n")
     } else {
         steps::script(&[Step {
             name: "command".to_owned(),
-            command: format!("cd /root; {}", quoted(&args.command)),
+            command: format!("cd /root; exec env {ENVIRONMENT} {}", quoted(&args.command)),
         }])
     };
     initramfs::write(&place.initramfs, &kernel.modules(), &programs, &script)?;
@@ -79,7 +94,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut reader = Reader::default();
-    let ended = machine.run(LIMIT, |line| match reader.line(line) {
+    let ended = machine.run(LIMIT, LIMIT, |line| match reader.line(line) {
         Heard::Output(text) => println!("{text}"),
         Heard::Ended(text, _) => print!("{text}"),
         Heard::Begun | Heard::Noise => {}
@@ -131,14 +146,12 @@ fn folder() -> PathBuf {
 struct Place {
     initramfs: PathBuf,
     console: PathBuf,
-    _work: tempfile::TempDir,
+    _work: TempDir,
 }
 
 impl Place {
     fn new() -> Result<Self> {
-        let folder = folder();
-        fs::create_dir_all(&folder)?;
-        let work = tempfile::TempDir::with_prefix_in("run-", &folder)?;
+        let work = work()?;
         Ok(Self {
             initramfs: work.path().join("initramfs"),
             console: work.path().join("console.log"),
@@ -155,6 +168,27 @@ impl Place {
             console: &self.console,
         }
     }
+}
+
+/// A folder of this process; those of processes that were killed are removed.
+fn work() -> Result<TempDir> {
+    let folder = folder();
+    fs::create_dir_all(&folder)?;
+    for entry in fs::read_dir(&folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = name
+            .strip_prefix("run-")
+            .and_then(|rest| rest.split('-').next());
+        if process.is_some_and(|id| !Path::new("/proc").join(id).exists()) {
+            // Somebody else may be at it as well.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(TempDir::with_prefix_in(
+        format!("run-{}-", process::id()),
+        &folder,
+    )?)
 }
 
 #[cfg(test)]

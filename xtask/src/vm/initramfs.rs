@@ -17,8 +17,9 @@ use crate::command::{command, find, output};
 /// The first process.
 const INIT: &str = include_str!("init.sh");
 /// The tools that the labs call, and those that somebody who looks around wants.
-const TOOLS: [&str; 22] = [
+const TOOLS: [&str; 24] = [
     "bridge",
+    "env",
     "ethtool",
     "ip",
     "ip6tables",
@@ -34,16 +35,19 @@ const TOOLS: [&str; 22] = [
     "nsenter",
     "ping",
     "setpriv",
-    // busybox's prefers its own applets to every program.
+    // busybox's prefer its own applets to every program.
     "sh",
     "ss",
     "sysctl",
     "taskset",
     "tc",
+    "timeout",
     "unshare",
 ];
 /// Folders of what those tools load by name.
 const PLUGINS: [&str; 3] = ["xtables", "tc", "iproute2"];
+/// Where those tools look names up.
+const NAMES: [&str; 2] = ["/etc/protocols", "/etc/services"];
 
 /// Writes the initramfs: the tools, a kernel's modules, programs, and the steps (a shell script that
 /// `init.sh` reads).
@@ -98,29 +102,29 @@ pub fn archive(root: &Path, to: &Path) -> Result<()> {
 }
 
 fn tools(root: &Path) -> Result<()> {
-    let busybox = find("busybox").context("there is no busybox")?;
-    let mut files = Vec::new();
+    let bin = root.join("usr/bin");
+    let mut loaded = vec![find("busybox").context("there is no busybox")?];
+    copy(&loaded[0], &bin.join("busybox"))?;
     for tool in TOOLS {
         // What a lab misses it names; the machine must not depend on a tool that no lab calls.
         if let Some(path) = find(tool) {
-            copy(&path, &root.join("usr/bin").join(tool))?;
-            files.push(path);
+            copy(&path, &bin.join(tool))?;
+            loaded.push(path);
         }
     }
-    copy(&busybox, &root.join("usr/bin/busybox"))?;
     // kernel.modprobe, by which the kernel itself loads modules.
     symlink("../bin/modprobe", root.join("usr/sbin/modprobe"))?;
-    files.push(busybox);
-    for plugin in plugins()? {
-        let to = root.join(plugin.strip_prefix("/").unwrap_or(&plugin));
-        copy(&plugin, &to)?;
-        files.push(plugin);
-    }
-    for library in libraries(&files)? {
-        copy(
-            &library,
-            &root.join(library.strip_prefix("/").unwrap_or(&library)),
-        )?;
+    let mut others = plugins()?;
+    loaded.extend(others.iter().cloned());
+    others.extend(libraries(&loaded)?);
+    others.extend(
+        NAMES
+            .map(PathBuf::from)
+            .into_iter()
+            .filter(|file| file.is_file()),
+    );
+    for file in others {
+        copy(&file, &root.join(file.strip_prefix("/").unwrap_or(&file)))?;
     }
     Ok(())
 }

@@ -9,12 +9,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use tempfile::TempDir;
 
 use crate::{
     apt::Apt,
     command::{command, quietly},
-    vm::initramfs,
+    vm::{self, initramfs},
 };
 
 /// The package that names a suite's newest kernel for virtual machines.
@@ -48,12 +47,12 @@ impl Kernel {
 }
 
 /// The kernel of a suite: the one that was kept, else the newest that apt finds.
-pub fn get(suite: &str, vm: &Path) -> Result<Kernel> {
-    let kernels = vm.join("kernels");
+pub fn get(suite: &str) -> Result<Kernel> {
+    let kernels = vm::folder().join("kernels");
     let folder = kernels.join(suite);
     if !folder.exists() {
         fs::create_dir_all(&kernels)?;
-        let work = TempDir::with_prefix_in("fetch-", &kernels)?;
+        let work = vm::work()?;
         let ready =
             fetch(suite, work.path()).with_context(|| format!("no kernel of Debian's {suite}"))?;
         // Somebody else may have been quicker; theirs is as good.

@@ -83,8 +83,13 @@ impl Machine<'_> {
     }
 
     /// Runs it and hands on each line that the steps write. Errors if it is not off by itself within
-    /// the limit.
-    pub fn run(&self, limit: Duration, mut line: impl FnMut(&str)) -> Result<()> {
+    /// the limit, or falls silent.
+    pub fn run(
+        &self,
+        limit: Duration,
+        silence: Duration,
+        mut line: impl FnMut(&str),
+    ) -> Result<()> {
         let mut running = self.start(Stdio::null(), Stdio::piped())?;
         let stdout = running.0.stdout.take().context("QEMU has no output")?;
         let (sender, receiver) = mpsc::channel();
@@ -101,11 +106,13 @@ impl Machine<'_> {
         });
         let deadline = Instant::now() + limit;
         loop {
-            match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match receiver.recv_timeout(left.min(silence)) {
                 Ok(text) => line(&text),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => bail!(
-                    "the machine was not done after {} s and was switched off",
+                    "switched off: the machine wrote nothing for {} s, or was not done after {} s",
+                    silence.as_secs(),
                     limit.as_secs()
                 ),
             }
