@@ -28,6 +28,10 @@ use crate::packet::{self, TCP};
 /// between the two. What is older belongs to a packet that was not dropped.
 const ANSWER_MAX_AGE_NS: u64 = 5_000_000;
 
+/// The same answer passes each device of a stack within microseconds; what comes later and has its
+/// address is another in the same place, while the slot holds one whose packet was not dropped.
+const SAME_ANSWER_NS: u64 = 1_000_000;
+
 /// How long after a packet began to wait for its neighbour an answer can leave late: a neighbour is
 /// asked three times, one second apart, and packets that wait are sent at once when it answers.
 const LATE_NS: u64 = 4_000_000_000;
@@ -89,10 +93,14 @@ pub unsafe fn answer<const TYPED: bool>(skb: *const u8) {
     let identity = address(work, skb);
     let slot = slot_of(entry, &work.key);
     let waiting = cpu.answers_waiting & (1 << slot) != 0;
-    if waiting && cpu.answers[slot].skb == identity && cpu.answers[slot].nfct == entry {
+    let now = unsafe { bpf_ktime_get_ns() };
+    if waiting
+        && cpu.answers[slot].skb == identity
+        && cpu.answers[slot].nfct == entry
+        && now - cpu.answers[slot].mono_ns < SAME_ANSWER_NS
+    {
         return; // The same answer on the next device of a stack.
     }
-    let now = unsafe { bpf_ktime_get_ns() };
     cpu.answers_waiting |= 1 << slot;
     let answer = &mut cpu.answers[slot];
     answer.skb = identity;
