@@ -6,6 +6,7 @@
 //! of ksoftirqd, which takes over what the thread leaves. (Kernels with IRQ_TIME_ACCOUNTING leave the
 //! work of soft interrupts out of it; the rates are right there too.)
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{IoSlice, IoSliceMut, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -122,6 +123,17 @@ fn start(lab: &Lab) -> Result<Agent> {
 fn compare(report: &mut Report, load: &Load, runs: &[Vec<Run>; 2]) {
     let rate = |run: &Run| run.amount as f64 / run.elapsed.as_secs_f64();
     let work = |run: &Run| run.amount as f64 / run.cpu.as_secs_f64();
+    let added: Vec<f64> = runs[1]
+        .iter()
+        .zip(&runs[0])
+        .map(|(with, without)| (1.0 / work(with) - 1.0 / work(without)) * 1e9)
+        .collect();
+    report.figure(
+        format!("{}: CPU time added for one of {}", load.name, load.unit),
+        median(&added),
+        "ns",
+        Must::Shown,
+    );
     let measures = [
         ("a second", rate as fn(&Run) -> f64),
         ("a CPU second", work),
@@ -187,9 +199,11 @@ fn run(load: &mut Load, agent: Option<&Agent>, helpers: &[u32]) -> Result<Run> {
 /// Time in the agent's programs for each unit of work, and whether it counted all of it.
 fn counted(report: &mut Report, lab: &Lab, loads: &mut [Load]) -> Result<()> {
     let agent = start(lab)?;
-    let spent = || -> Result<u64> {
-        let programs = kernel::programs(agent.pid())?;
-        Ok(programs.iter().map(|program| program.run_ns).sum())
+    let spent = || -> Result<BTreeMap<String, u64>> {
+        let programs = kernel::programs(agent.pid())?.into_iter();
+        Ok(programs
+            .map(|program| (program.name, program.run_ns))
+            .collect())
     };
     let mut amounts = Vec::new();
     for load in &mut *loads {
@@ -202,8 +216,18 @@ fn counted(report: &mut Report, lab: &Lab, loads: &mut [Load]) -> Result<()> {
             }
             Ok(amount)
         })?;
-        let ns = (spent()? - before) as f64 / amount as f64;
+        let after = spent()?;
         drop(stats);
+        let by_program: BTreeMap<&str, f64> = after
+            .iter()
+            .map(|(name, ns)| {
+                let ns = ns - before.get(name).copied().unwrap_or(0);
+                (name.as_str(), ns as f64 / amount as f64)
+            })
+            .filter(|(_, ns)| *ns > 0.0)
+            .collect();
+        let ns = by_program.values().sum();
+        report.round(json!({"load": load.name, "unit": load.unit, "ns_by_program": by_program}));
         report.figure(
             format!(
                 "{}: in all programs for one of {}, with their measurement",
