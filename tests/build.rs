@@ -1,11 +1,16 @@
-//! Says where the agent's build left the eBPF object of the benchmarks' peers.
+//! Says where the agent's build left the eBPF objects of the benchmarks.
 
 use std::path::Path;
 
 fn main() {
     let programs = std::env::var("DEP_WHYDROP_PROGRAMS_PROGRAMS")
         .expect("agent/build.rs says where the programs are");
-    let peers = Path::new(&programs).join("whydrop-peers");
-    println!("cargo::rustc-env=WHYDROP_PEERS={}", peers.display());
-    println!("cargo::rerun-if-changed={}", peers.display());
+    for (variable, name) in [
+        ("WHYDROP_PEERS", "whydrop-peers"),
+        ("WHYDROP_CANDIDATES", "whydrop-candidates"),
+    ] {
+        let object = Path::new(&programs).join(name);
+        println!("cargo::rustc-env={variable}={}", object.display());
+        println!("cargo::rerun-if-changed={}", object.display());
+    }
 }

@@ -8,6 +8,7 @@ use anyhow::{Result, bail, ensure};
 use whydrop::event::{Event, Kind, Line, Outcome};
 
 use crate::agent::{Agent, POLL, Sample};
+use crate::kernel;
 use crate::lab::{Family, Host, Lab, Place};
 use crate::traffic;
 
@@ -77,7 +78,8 @@ impl Row {
         self
     }
 
-    /// The reason is one of these. Kernels before 5.17 know none, and those events have none.
+    /// The reason is one of these. Kernels before 5.17 know none: their events have none, and their
+    /// counters say the place instead.
     #[must_use]
     pub fn reason(mut self, reasons: &[&'static str]) -> Self {
         self.reasons = reasons.to_vec();
@@ -113,7 +115,17 @@ impl Row {
             && self
                 .protocol
                 .is_none_or(|protocol| sample.label("protocol") == protocol)
-            && (self.reasons.is_empty() || reason.is_empty() || self.reasons.contains(&reason))
+            && if kernel::has_drop_reasons() {
+                self.reasons.is_empty() || self.reasons.contains(&reason)
+            } else {
+                self.fits_location(reason)
+            }
+    }
+
+    fn fits_location(&self, location: &str) -> bool {
+        // Compilers make copies of a function: `name.constprop.0`, `name.part.0`.
+        let name = location.split('.').next().unwrap_or_default();
+        self.locations.is_empty() || self.locations.contains(&name)
     }
 
     fn fits_event(&self, event: &Event) -> bool {
@@ -139,12 +151,7 @@ impl Row {
                 || drop
                     .reason
                     .is_none_or(|reason| self.reasons.contains(&&*reason)))
-            && (self.locations.is_empty()
-                || drop.location.is_some_and(|location| {
-                    // Compilers make copies of a function: `name.constprop.0`, `name.part.0`.
-                    let name = location.split('.').next().unwrap_or_default();
-                    self.locations.contains(&name)
-                }))
+            && self.fits_location(drop.location.as_deref().unwrap_or_default())
             && self.dns.as_ref().is_none_or(|name| {
                 event
                     .dns

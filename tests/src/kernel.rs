@@ -1,12 +1,16 @@
-//! What an agent has in the kernel: its programs, maps and links, by the kernel's own ids.
+//! What the running kernel can do, and what an agent has in it: programs and maps, by the kernel's own
+//! ids.
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write as _;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::agent::POLL;
+use crate::lab::{Host, Lab};
 
 /// The kernel frees maps and programs after a grace period, on a machine with other work.
 const DEADLINE: Duration = Duration::from_secs(5);
@@ -76,5 +80,45 @@ impl Held {
             );
             std::thread::sleep(POLL);
         }
+    }
+}
+
+/// Ends a test that this kernel cannot run. Says so on standard error itself, which libtest does not
+/// hide, and in the form that `cargo xtask test vm` reads.
+///
+/// # Errors
+/// Standard error is closed.
+pub fn left_out(why: &str) -> Result<()> {
+    let thread = std::thread::current();
+    // libtest names a test's thread after the test.
+    let name = thread.name().unwrap_or_default();
+    writeln!(std::io::stderr(), "left out: {name}: {why}")?;
+    Ok(())
+}
+
+/// Whether the kernel says why it drops: since 5.17, where no distribution took it back to an older one.
+pub fn has_drop_reasons() -> bool {
+    static ANSWER: LazyLock<bool> = LazyLock::new(|| {
+        let types = fs::read("/sys/kernel/btf/vmlinux").unwrap_or_default();
+        let name = b"SKB_DROP_REASON_NOT_SPECIFIED\0";
+        types.windows(name.len()).any(|window| window == name)
+    });
+    *ANSWER
+}
+
+/// Why a test of [`has_nft_egress`] is left out.
+pub const NO_NFT_EGRESS: &str = "the kernel has no hook for nft at a device's egress";
+
+/// Whether nft can have a chain at the egress of a device (since 5.16), by the kernel's own answer.
+///
+/// # Errors
+/// There can be no lab, or nft fails for another reason than that it is not supported.
+pub fn has_nft_egress() -> Result<bool> {
+    let lab = Lab::new()?;
+    let chain = "table netdev probe { chain c { type filter hook egress device lo priority 0; }\n}";
+    match lab.nft(Host::Router, chain) {
+        Ok(()) => Ok(true),
+        Err(error) if format!("{error:#}").contains("Operation not supported") => Ok(false),
+        Err(error) => Err(error),
     }
 }

@@ -17,7 +17,7 @@
 //! | [`port`] | TCP ports by what becomes of a connect |
 //! | [`sockets`] | the TCP sockets of a host, as the kernel lists them |
 //! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
-//! | [`kernel`] | the programs and maps that a process has in the kernel |
+//! | [`kernel`] | what the kernel can do, and the programs and maps that a process has in it |
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
 //! | [`agent`] | the agent as a process: start, scrape, read events, stop |
 //! | [`scene`] | a lab with a dropper, an agent and a bystander: what nearly every test needs |

@@ -7,7 +7,7 @@ use whydrop_tests::lab::{Family, Host, Lab, Place, TC_SHOT};
 use whydrop_tests::packet::{self, IpOptions, protocol};
 use whydrop_tests::scene::{Scene, TCP_PORT, UDP_PORT};
 use whydrop_tests::traffic::{self, Connect};
-use whydrop_tests::{on_both_families, xdp};
+use whydrop_tests::{kernel, on_both_families, xdp};
 
 on_both_families!(
     tc_ingress,
@@ -99,6 +99,9 @@ fn nft_netdev_ingress(family: Family) -> Result<()> {
 }
 
 fn nft_netdev_egress(family: Family) -> Result<()> {
+    if !kernel::has_nft_egress()? {
+        return kernel::left_out(kernel::NO_NFT_EGRESS);
+    }
     nft_netdev(family, "egress", Host::Server)
 }
 

@@ -17,7 +17,7 @@ use whydrop_tests::lab::{Family, Host, Lab, Place, mac_bytes};
 use whydrop_tests::packet::{self, IpOptions, flags, protocol};
 use whydrop_tests::scene::{Scene, TCP_PORT, UDP_PORT};
 use whydrop_tests::traffic::{self, Burst};
-use whydrop_tests::{counters, on_both_families};
+use whydrop_tests::{counters, kernel, on_both_families};
 
 const REASON: [&str; 1] = ["NETFILTER_DROP"];
 /// The TCP port at the server whose RSTs are answered.
@@ -326,6 +326,9 @@ fn bridge(lab: &Lab, family: Family) -> Result<()> {
 
 /// After OUTPUT, UDP hides from its caller what happens to a datagram.
 fn datagram_at_egress(family: Family) -> Result<()> {
+    if !kernel::has_nft_egress()? {
+        return kernel::left_out(kernel::NO_NFT_EGRESS);
+    }
     let scene = Scene::new(family, |lab| {
         let (ip, server) = (family.nft(), lab.address(Place::Of(Host::Server), family));
         lab.nft(

@@ -1,5 +1,6 @@
 //! `cargo xtask`: the project's own commands. Each is one file.
 
+mod apt;
 mod bench;
 mod build;
 mod command;
@@ -9,6 +10,7 @@ mod fuzz;
 mod rust_src;
 mod setup;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -37,6 +39,8 @@ enum Task {
     Bench(bench::Args),
     /// Run the fuzz targets for a bounded time
     Fuzz(fuzz::Args),
+    /// Run a command, or a shell, in a virtual machine of one of Debian's kernels
+    Vm(vm::Args),
 }
 
 fn main() -> ExitCode {
@@ -55,12 +59,13 @@ fn main() -> ExitCode {
 
 fn run(task: &Task) -> Result<ExitCode> {
     match task {
-        Task::Setup => setup::run()?.report()?,
+        Task::Setup => setup::run()?.with_vm().report()?,
         Task::Build(args) => build::run(args)?,
         Task::Demo => demo::run()?,
         Task::Test(args) => return test::run(args),
         Task::Bench(args) => bench::run(args)?,
         Task::Fuzz(args) => fuzz::run(args)?,
+        Task::Vm(args) => return vm::run(args),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use tempfile::TempDir;
 
 use crate::{
+    apt::Apt,
     command::{command, field, find, output, quietly, root},
     setup::variable,
 };
@@ -22,8 +23,6 @@ use crate::{
 const RUSTUP_LIMIT: Duration = Duration::from_secs(20);
 /// Where Debian keeps new Rust versions for its stable release.
 const DEBIAN_SUITE: &str = "trixie-backports";
-const DEBIAN_MIRROR: &str = "http://deb.debian.org/debian";
-const DEBIAN_KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// The folder of the active toolchain.
 pub fn sysroot() -> Result<PathBuf> {
@@ -112,40 +111,26 @@ fn within(command: &mut Command, limit: Duration) -> Result<()> {
 }
 
 fn from_debian(destination: &Path) -> Result<()> {
-    for tool in ["apt-get", "dpkg-deb", "tar"] {
-        ensure!(find(tool).is_some(), "there is no {tool}");
-    }
-    ensure!(
-        Path::new(DEBIAN_KEYRING).is_file(),
-        "{DEBIAN_KEYRING} is missing (package debian-archive-keyring)"
-    );
+    ensure!(find("tar").is_some(), "there is no tar");
     let release = field(&output(command("rustc").arg("-vV"))?, "release")?;
     eprintln!("setup: installing rust-src {release} from Debian's {DEBIAN_SUITE}");
 
     let target = root().join("target");
     fs::create_dir_all(&target)?;
     let work = TempDir::with_prefix_in("rust-src-", &target)?;
-    let apt = Apt::new(work.path())?;
-    quietly(apt.tool("apt-get").args(["-qq", "update"]))?;
+    let apt = Apt::new(work.path(), DEBIAN_SUITE)?;
     let versions = output(apt.tool("apt-cache").args(["madison", "rust-src"]))?;
     let version = debian_version(&versions, &release)
         .with_context(|| format!("{DEBIAN_SUITE} has no rust-src {release}"))?;
-    quietly(
-        apt.tool("apt-get")
-            .args(["-qq", "download", &format!("rust-src={version}")])
-            .current_dir(work.path()),
-    )?;
-    let package = fs::read_dir(work.path())?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .context("apt-get left no package")?;
+    let packages = apt.download(&[format!("rust-src={version}")])?;
+    let package = packages.first().context("apt-get left no package")?;
 
     // Beside the destination, so that it appears whole, by one rename, or not at all.
     let parent = destination.parent().context("the sysroot has no folder")?;
     fs::create_dir_all(parent).with_context(|| format!("cannot write to {}", parent.display()))?;
     let staging = TempDir::with_prefix_in("whydrop-", parent)
         .with_context(|| format!("cannot write to {}", parent.display()))?;
-    extract(&package, &release, staging.path())?;
+    extract(package, &release, staging.path())?;
     fs::create_dir_all(destination)?;
     fs::rename(staging.path().join("library"), destination.join("library"))?;
     Ok(())
@@ -179,75 +164,6 @@ fn extract(package: &Path, release: &str, into: &Path) -> Result<()> {
     Ok(())
 }
 
-/// apt with sources, lists and cache of its own: the system's stay untouched.
-struct Apt {
-    options: Vec<String>,
-}
-
-impl Apt {
-    fn new(work: &Path) -> Result<Self> {
-        let sources = work.join("sources.list");
-        fs::create_dir_all(work.join("lists/partial"))?;
-        fs::create_dir_all(work.join("cache/archives/partial"))?;
-        fs::write(
-            &sources,
-            format!(
-                "deb [signed-by={DEBIAN_KEYRING}] {} {DEBIAN_SUITE} main\n",
-                mirror()
-            ),
-        )?;
-        let options = [
-            format!("Dir::Etc::sourcelist={}", sources.display()),
-            "Dir::Etc::sourceparts=-".to_owned(),
-            format!("Dir::State::lists={}", work.join("lists").display()),
-            format!("Dir::Cache={}", work.join("cache").display()),
-            "APT::Sandbox::User=root".to_owned(),
-            "Acquire::Languages=none".to_owned(),
-        ];
-        Ok(Self {
-            options: options.to_vec(),
-        })
-    }
-
-    fn tool(&self, name: &str) -> Command {
-        let mut tool = command(name);
-        for option in &self.options {
-            tool.args(["-o", option]);
-        }
-        tool
-    }
-}
-
-/// The mirror from which this machine gets its own Debian release, else the public one.
-fn mirror() -> String {
-    let codename = fs::read_to_string("/etc/os-release").ok().and_then(|text| {
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix("VERSION_CODENAME="));
-        line.map(|name| name.trim_matches('"').to_owned())
-    });
-    let targets = output(command("apt-get").args([
-        "indextargets",
-        "--format",
-        "$(REPO_URI) $(RELEASE) $(COMPONENT)",
-        "Created-By: Packages",
-    ]));
-    codename
-        .zip(targets.ok())
-        .and_then(|(codename, targets)| own_mirror(&targets, &codename))
-        .unwrap_or_else(|| DEBIAN_MIRROR.to_owned())
-}
-
-fn own_mirror(targets: &str, codename: &str) -> Option<String> {
-    targets.lines().find_map(|line| {
-        let mut words = line.split(' ');
-        let (mirror, release, component) = (words.next()?, words.next()?, words.next()?);
-        // Ubuntu's mirrors do not carry Debian's suites.
-        (release == codename && component == "main" && !mirror.contains("ubuntu"))
-            .then(|| mirror.to_owned())
-    })
-}
-
 /// The package version of exactly this release in the output of `apt-cache madison`.
 fn debian_version(madison: &str, release: &str) -> Option<String> {
     let start = format!("{release}+dfsg");
@@ -274,22 +190,6 @@ mod tests {
         );
         assert_eq!(debian_version(madison, "1.95"), None);
         assert_eq!(debian_version("", "1.95.0"), None);
-    }
-
-    #[test]
-    fn takes_the_mirror_of_the_own_release() {
-        let targets = "https://example.org/node nodistro main\n\
-            http://security.example.org/debian bookworm-security main\n\
-            http://ftp.example.org/debian bookworm main\n";
-        assert_eq!(
-            own_mirror(targets, "bookworm").as_deref(),
-            Some("http://ftp.example.org/debian")
-        );
-        assert_eq!(own_mirror(targets, "trixie"), None);
-        assert_eq!(
-            own_mirror("http://archive.ubuntu.com/ubuntu noble main\n", "noble"),
-            None
-        );
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub enum Need {
     Build,
     /// The labs and benchmarks cannot run.
     Lab,
+    /// No other kernel can be run in a virtual machine.
+    Vm,
     /// The fuzz targets cannot be built.
     Fuzz,
     /// `cargo fmt` cannot run.
@@ -56,6 +58,21 @@ impl Found {
             names.join(", ")
         );
         Ok(())
+    }
+
+    /// Installs what virtual machines need as well: an emulator is much for somebody who only builds.
+    pub fn with_vm(mut self) -> Self {
+        let known = self.missing.len();
+        packages(&mut self, |need| need == Need::Vm);
+        self.say(known);
+        self
+    }
+
+    /// Says what is missing, from a part on.
+    fn say(&self, from: usize) {
+        for part in &self.missing[from..] {
+            eprintln!("setup: {} is missing; {}", part.what, part.advice);
+        }
     }
 
     fn names(&self, need: Need) -> Vec<&str> {
@@ -104,6 +121,10 @@ const PACKAGES: &[Package] = &[
     lab("iputils-ping", &["ping"]),
     lab("procps", &["sysctl"]),
     lab("ethtool", &["ethtool"]),
+    vm("qemu-system-x86", &["qemu-system-x86_64"]),
+    vm("busybox-static", &["busybox"]),
+    vm("cpio", &["cpio"]),
+    vm("kmod", &["depmod", "modprobe"]),
     Package {
         name: "g++",
         programs: &["c++"],
@@ -119,6 +140,14 @@ const fn lab(name: &'static str, programs: &'static [&'static str]) -> Package {
     }
 }
 
+const fn vm(name: &'static str, programs: &'static [&'static str]) -> Package {
+    Package {
+        name,
+        programs,
+        need: Need::Vm,
+    }
+}
+
 impl Package {
     fn lacks(&self) -> Vec<&'static str> {
         let programs = self.programs.iter().copied();
@@ -126,16 +155,14 @@ impl Package {
     }
 }
 
-/// Installs what is missing. Errors only where the toolchain itself does not answer; a part that
-/// cannot be installed is reported in what it returns.
+/// Installs what is missing, but not what virtual machines need. Errors only where the toolchain
+/// itself does not answer; a part that cannot be installed is reported in what it returns.
 pub fn run() -> Result<Found> {
     let mut found = Found::default();
     rust_components(&mut found)?;
     bpf_linker(&mut found);
-    packages(&mut found);
-    for part in &found.missing {
-        eprintln!("setup: {} is missing; {}", part.what, part.advice);
-    }
+    packages(&mut found, |need| need != Need::Vm);
+    found.say(0);
     Ok(found)
 }
 
@@ -200,10 +227,11 @@ fn bpf_linker(found: &mut Found) {
     });
 }
 
-fn packages(found: &mut Found) {
+fn packages(found: &mut Found, wanted: impl Fn(Need) -> bool) {
     let lacking =
         |packages: &mut Vec<&Package>| packages.retain(|package| !package.lacks().is_empty());
     let mut missing: Vec<_> = PACKAGES.iter().collect();
+    missing.retain(|package| wanted(package.need));
     lacking(&mut missing);
     if missing.is_empty() {
         return;

@@ -14,6 +14,7 @@ use crate::{
     command::{cargo, command, root, run as execute},
     dependencies, fuzz,
     setup::{self, Found, Need},
+    vm::{self, matrix::Matrix},
 };
 
 /// Seconds of the short run of each fuzz target.
@@ -23,9 +24,12 @@ const FUZZ_SECONDS: u32 = 20;
 pub struct Args {
     /// The group to run; all of them if it is left out
     group: Option<Group>,
+    /// Of the group vm only this kernel: 5.10, 6.1, 6.12, newest
+    #[arg(long, value_name = "KERNEL")]
+    kernel: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Group {
     /// Format, lints, dependencies, unit tests, a short run of the fuzz targets
     Unit,
@@ -47,14 +51,17 @@ enum Outcome {
 
 /// Sets up, runs the groups and prints the table; fails if a group does.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let found = setup::run()?;
-    found.ready_to_build()?;
     let groups = args
         .group
         .map_or_else(|| Group::value_variants().to_vec(), |group| vec![group]);
+    let mut found = setup::run()?;
+    if groups.contains(&Group::Vm) {
+        found = found.with_vm();
+    }
+    found.ready_to_build()?;
     let outcomes: Vec<_> = groups
         .into_iter()
-        .map(|group| (name(group), outcome(group, &found)))
+        .map(|group| (name(group), outcome(group, args, &found)))
         .collect();
     print!("\n{}", table(&outcomes));
     let failed = outcomes
@@ -72,13 +79,12 @@ fn name(group: Group) -> String {
     value.map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
-fn outcome(group: Group, found: &Found) -> Outcome {
+fn outcome(group: Group, args: &Args, found: &Found) -> Outcome {
     match group {
         Group::Unit => unit(found),
         Group::Netns => netns(found),
-        Group::Vm | Group::Kube | Group::Deploy => {
-            Outcome::Skipped("not in this version".to_owned())
-        }
+        Group::Vm => machines(args.kernel.as_deref(), found),
+        Group::Kube | Group::Deploy => Outcome::Skipped("not in this version".to_owned()),
     }
 }
 
@@ -177,6 +183,18 @@ fn labs() -> Result<()> {
             .args(["--test=netfilter", "--test=packets"])
             .env("WHYDROP_ATTACH", "raw_tp"),
     )
+}
+
+fn machines(kernel: Option<&str>, found: &Found) -> Outcome {
+    if let Some(reason) = vm::cannot(found).or_else(|| found.lacks(Need::Lab)) {
+        return Outcome::Skipped(reason);
+    }
+    match vm::matrix::run(kernel) {
+        Ok(Matrix::Good(what)) => Outcome::Passed(what),
+        Ok(Matrix::Bad(what)) => Outcome::Failed(what),
+        Ok(Matrix::NoKernel(why)) => Outcome::Skipped(why),
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    }
 }
 
 /// Why the lab cannot run on this machine.

@@ -6,13 +6,15 @@
 //! | [`cost`] | `cost`, `sender`: what a drop costs |
 //! | [`passing`] | `passing`: what traffic costs that is not dropped |
 //! | [`quiet`] | `quiet`: what it costs with all sources on, by kind of traffic |
+//! | [`hooks`] | `hooks`: what it would cost at other hooks, which are in [`candidates`] |
 //! | [`upkeep`] | `memory`, `idle`: what the agent takes by being there |
 //! | [`namespaces`] | `namespaces`: what a node full of network namespaces takes |
 //! | [`answers`] | `latency`, `scrape`: how soon it says what it knows |
 //! | [`silence`] | `silence`, `hang`: whether it tells what nobody answers, and how soon |
 //! | [`inflight`] | `inflight`: 100,000 connects that hang at once |
 //!
-//! What they share: [`report`] (tables, JSON), [`flows`] (traffic over many flows), [`watch`] (who
+//! What they share: [`report`] (tables, JSON), [`flows`] (traffic over many flows), [`ends`] (traffic of one
+//! thread), [`watch`] (who
 //! watches the drops: nobody, a peer, bpftrace, the agent) and [`kernel`] (what the kernel says of
 //! programs and maps).
 //!
@@ -21,9 +23,12 @@
 //! other processes out while it runs.
 
 pub mod answers;
+pub mod candidates;
 pub mod cost;
+pub mod ends;
 pub mod exactness;
 pub mod flows;
+pub mod hooks;
 pub mod inflight;
 pub mod kernel;
 pub mod namespaces;
@@ -49,7 +54,7 @@ pub struct Benchmark {
 }
 
 /// All of them, in the order in which they run.
-pub const ALL: [Benchmark; 14] = [
+pub const ALL: [Benchmark; 15] = [
     Benchmark {
         name: "flood",
         about: "1,000,000 drops as fast as possible, over 5,000 flows, in each family",
@@ -79,6 +84,11 @@ pub const ALL: [Benchmark; 14] = [
         name: "passing",
         about: "what is left of the rate of traffic that is not dropped",
         run: passing::passing,
+    },
+    Benchmark {
+        name: "hooks",
+        about: "what each hook where DNS or answers could be seen adds to traffic that is not dropped",
+        run: hooks::hooks,
     },
     Benchmark {
         name: "idle",

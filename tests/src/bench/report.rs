@@ -135,6 +135,7 @@ pub struct Report {
     name: &'static str,
     about: &'static str,
     figures: Vec<Figure>,
+    grids: Vec<String>,
     rounds: Vec<Value>,
 }
 
@@ -145,6 +146,7 @@ impl Report {
             name,
             about,
             figures: Vec::new(),
+            grids: Vec::new(),
             rounds: Vec::new(),
         }
     }
@@ -180,6 +182,28 @@ impl Report {
         self.rounds.push(round);
     }
 
+    /// Adds a table of many columns below the figures; for people only.
+    pub fn grid(&mut self, title: &str, head: &[String], rows: Vec<Vec<String>>) {
+        let all = || std::iter::once(head).chain(rows.iter().map(Vec::as_slice));
+        let width = |column: usize| {
+            let cells = all().filter_map(|row| row.get(column));
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..head.len()).map(width).collect();
+        let mut text = format!("\n  {title}\n");
+        for row in all() {
+            let mut line = String::new();
+            for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+                line += &match column {
+                    0 => format!("  {cell:<width$}"),
+                    _ => format!("  {cell:>width$}"),
+                };
+            }
+            let _ = writeln!(text, "{}", line.trim_end());
+        }
+        self.grids.push(text);
+    }
+
     /// The rows so far.
     pub fn figures(&self) -> &[Figure] {
         &self.figures
@@ -189,7 +213,7 @@ impl Report {
     pub fn table(&self) -> String {
         let mut text = format!("\n{}: {}\n", self.name, self.about);
         text += &table(&self.figures.iter().map(Figure::cells).collect::<Vec<_>>());
-        text
+        text + &self.grids.concat()
     }
 
     /// One table of everything that several benchmarks had to reach, or could not measure.
