@@ -46,6 +46,21 @@ pub unsafe fn copy<T>(to: &mut T, address: u64) -> bool {
     }
 }
 
+/// Copies bytes from anywhere in kernel memory to a place that nobody has zeroed: for what is large,
+/// because that takes one more function, whose stack counts. `None` if they cannot be read.
+///
+/// # Safety
+/// As [`copy`].
+#[inline(always)]
+pub unsafe fn copied<T: Copy>(to: &mut MaybeUninit<T>, address: u64) -> Option<&T> {
+    unsafe {
+        let len = size_of::<T>() as u32;
+        let result = bpf_probe_read_kernel(to.as_mut_ptr().cast(), len, address as *const _);
+        // The helper zeroes what it cannot read.
+        (result == 0).then(|| to.assume_init_ref())
+    }
+}
+
 /// Adds to a map's value that several CPUs write.
 ///
 /// The intrinsic, because `AtomicU64` has no `fetch_add` on a target without compare-and-swap.

@@ -1,9 +1,11 @@
 //! What a packet's conntrack entry tells: the destination before DNAT, and the real one of a reply.
 
+use core::mem::MaybeUninit;
+
 use whydrop_ebpf::attempt::Tuple;
 use whydrop_ebpf::{FLAG_ENCAPSULATED, FlowKey, MISSING, TupleHash};
 
-use crate::access::{copy, field};
+use crate::access::{copied, copy, field};
 use crate::maps::offset;
 use crate::packet::{ICMP, ICMPV6};
 
@@ -56,10 +58,11 @@ pub fn original_destination(nfct: u64, key: &mut FlowKey) {
 
 #[inline(always)]
 fn translated(entry: u64, key: &mut FlowKey) {
-    let mut original = TupleHash::default();
-    if !unsafe { copy(&mut original, entry + u64::from(offset!(ct_tuplehash))) } {
+    let at = entry + u64::from(offset!(ct_tuplehash));
+    let mut original = MaybeUninit::<TupleHash>::uninit();
+    let Some(original) = (unsafe { copied(&mut original, at) }) else {
         return;
-    }
+    };
     let port = u16::from_be(original.destination.port_be);
     // Before its DNAT a packet still has the original destination.
     if original.destination.address != key.destination || port != key.destination_port {
@@ -69,21 +72,18 @@ fn translated(entry: u64, key: &mut FlowKey) {
 }
 
 /// The two ends of the connection as its first packet had them, before any NAT; false where there is
-/// no conntrack entry.
-#[inline(always)]
+/// no conntrack entry. A function of its own: what it reads has room on the stack no longer than that,
+/// and all that call one another have 512 bytes together.
+#[inline(never)]
 pub fn original(nfct: u64, tuple: &mut Tuple) -> bool {
-    let mut original = TupleHash::default();
-    if entry(nfct) == 0
-        || offset!(ct_tuplehash) == MISSING
-        || !unsafe {
-            copy(
-                &mut original,
-                entry(nfct) + u64::from(offset!(ct_tuplehash)),
-            )
-        }
-    {
+    if entry(nfct) == 0 || offset!(ct_tuplehash) == MISSING {
         return false;
     }
+    let at = entry(nfct) + u64::from(offset!(ct_tuplehash));
+    let mut original = MaybeUninit::<TupleHash>::uninit();
+    let Some(original) = (unsafe { copied(&mut original, at) }) else {
+        return false;
+    };
     tuple.source = original.source.address;
     tuple.destination = original.destination.address;
     tuple.source_port = u16::from_be(original.source.port_be);
@@ -92,22 +92,23 @@ pub fn original(nfct: u64, tuple: &mut Tuple) -> bool {
 }
 
 /// The two ends of a connection's packets behind the NAT of this namespace, as its replies have them
-/// reversed; false, and nothing filled in, where there is no NAT.
-#[inline(always)]
+/// reversed; false, and nothing filled in, where there is no NAT. A function of its own as
+/// [`original`].
+#[inline(never)]
 pub fn translated_ends(nfct: u64, tuple: &mut Tuple) -> bool {
     let mut status = 0u32;
-    let mut reply = TupleHash::default();
     if entry(nfct) == 0
         || offset!(ct_status) == MISSING
         || !unsafe { copy(&mut status, entry(nfct) + u64::from(offset!(ct_status))) }
         || status & (SRC_NAT | DST_NAT) == 0
-        || !unsafe {
-            let at = u64::from(offset!(ct_tuplehash)) + size_of::<TupleHash>() as u64;
-            copy(&mut reply, entry(nfct) + at)
-        }
     {
         return false;
     }
+    let at = u64::from(offset!(ct_tuplehash)) + size_of::<TupleHash>() as u64;
+    let mut reply = MaybeUninit::<TupleHash>::uninit();
+    let Some(reply) = (unsafe { copied(&mut reply, entry(nfct) + at) }) else {
+        return false;
+    };
     tuple.source = reply.destination.address;
     tuple.destination = reply.source.address;
     tuple.source_port = u16::from_be(reply.destination.port_be);

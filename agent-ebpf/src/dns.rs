@@ -380,20 +380,25 @@ unsafe fn enqueued<const TYPED: bool>(sk: *const u8, skb: *const u8) {
 /// Takes out the query that this packet answers, if it is an answer to this namespace.
 #[inline(never)]
 unsafe fn answer<const TYPED: bool>(skb: *const u8, netns: u32) -> u32 {
-    let (Some(own), Some(at_hand), Some(swept)) = (
-        CPU.get_ptr_mut(0),
-        QUERY_WORK.get_ptr_mut(0),
-        SWEPT.get_ptr(0),
-    ) else {
+    let Some(own) = CPU.get_ptr_mut(0) else {
         return 0;
     };
     let PerCpu { received: work, .. } = unsafe { &mut *own };
-    let at_hand = unsafe { &mut *at_hand };
     work.key = FlowKey::default();
     unsafe { packet::read::<TYPED>(skb, work) };
     if work.packet.is_response == 0 || work.key.flags & FLAG_ENCAPSULATED != 0 {
         return 0;
     }
+    answered(pointer(work, skb), netns, work)
+}
+
+/// Apart from [`answer`], because all that call one another have 512 bytes of stack together.
+#[inline(never)]
+fn answered(skb: u64, netns: u32, work: &Work) -> u32 {
+    let (Some(at_hand), Some(swept)) = (QUERY_WORK.get_ptr_mut(0), SWEPT.get_ptr(0)) else {
+        return 0;
+    };
+    let at_hand = unsafe { &mut *at_hand };
     let key = QueryKey {
         client: work.key.destination,
         port: work.key.destination_port,
@@ -414,7 +419,7 @@ unsafe fn answer<const TYPED: bool>(skb: *const u8, netns: u32) -> u32 {
     }
     let now = unsafe { bpf_ktime_get_boot_ns() };
     let latency_ns = now - query.start_ns;
-    let tally_key = TallyKey {
+    at_hand.answered_tally = TallyKey {
         source: key.client,
         cgroup: query.cgroup,
         netns,
@@ -423,9 +428,8 @@ unsafe fn answer<const TYPED: bool>(skb: *const u8, netns: u32) -> u32 {
         bucket: bucket(latency_ns),
         ip_version: query.ip_version,
     };
-    at_hand.answered_skb = pointer(work, skb);
+    at_hand.answered_skb = skb;
     at_hand.answered_key = key;
-    at_hand.answered_tally = tally_key;
     at_hand.answered_latency_ns = latency_ns;
     unsafe { copy_nonoverlapping(&raw const *query, &raw mut at_hand.answered, 1) };
     let answered = Answered {
@@ -441,7 +445,7 @@ unsafe fn answer<const TYPED: bool>(skb: *const u8, netns: u32) -> u32 {
     } else if QUERIES.remove(&key).is_ok() {
         waiting(u64::MAX);
     }
-    tally::add(&tally_key, 1, latency_ns)
+    tally::add(&at_hand.answered_tally, 1, latency_ns)
 }
 
 /// The low four bits of the DNS header's fourth byte; `work` is of an answer over UDP.

@@ -62,10 +62,10 @@ fn waits(rc: i32) -> i32 {
 }
 
 /// Parses a packet that may be an answer, and notes which one it answers.
-#[inline(always)]
-pub unsafe fn answer<const TYPED: bool>(skb: *const u8) {
+#[inline(never)]
+pub unsafe fn answer<const TYPED: bool>(skb: *const u8) -> u32 {
     let (Some(own), Some(control)) = (CPU.get_ptr_mut(0), CONTROL.get_ptr(0)) else {
-        return; // These elements always exist.
+        return 0; // These elements always exist.
     };
     let (
         PerCpu {
@@ -76,7 +76,7 @@ pub unsafe fn answer<const TYPED: bool>(skb: *const u8) {
     work.key = FlowKey::default();
     unsafe { packet::read::<TYPED>(skb, work) };
     if work.packet.is_answer == 0 || work.key.flags & FLAG_ENCAPSULATED != 0 {
-        return;
+        return 0;
     }
     if work.key.protocol == TCP {
         // The packet that it answers went the other way.
@@ -86,7 +86,7 @@ pub unsafe fn answer<const TYPED: bool>(skb: *const u8) {
         || !packet::quoted(work)
         || work.packet.is_answer != 0
     {
-        return; // An answer to an answer tells nobody of a loss, now or late.
+        return 0; // An answer to an answer tells nobody of a loss, now or late.
     }
     let nfct = unsafe { conntrack::nfct::<TYPED>(skb) };
     let entry = conntrack::entry(nfct);
@@ -99,7 +99,7 @@ pub unsafe fn answer<const TYPED: bool>(skb: *const u8) {
         && cpu.answers[slot].nfct == entry
         && now - cpu.answers[slot].mono_ns < SAME_ANSWER_NS
     {
-        return; // The same answer on the next device of a stack.
+        return 0; // The same answer on the next device of a stack.
     }
     cpu.answers_waiting |= 1 << slot;
     let answer = &mut cpu.answers[slot];
@@ -114,6 +114,7 @@ pub unsafe fn answer<const TYPED: bool>(skb: *const u8) {
         answer.counted = 1;
         unsafe { count_answer::<TYPED>(skb, nfct, cpu, control, work) };
     }
+    1
 }
 
 /// Counts an answer by the flow of the packet that it answers.
