@@ -42,7 +42,7 @@ pub struct Event {
     /// How long an unanswered attempt had waited; absent for drops.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub waited_seconds: Option<f64>,
-    /// Whose fault an unanswered attempt is; absent for drops.
+    /// Whose fault an unanswered attempt is; absent for drops, and where this node does not see them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<Cause>,
     /// The question of a DNS query.

@@ -192,10 +192,13 @@ impl Pipeline {
         let began = now.checked_sub(attempt.waited).unwrap_or(now);
         let mut event = enrich_attempt(attempt, at, &self.state.index(), &self.state.node);
         self.name_by_socket(&mut event.source, netns, cgroup, at);
+        if self.state.ready().is_err() && event.cause == Some(Cause::Elsewhere) {
+            event.cause = None; // Who does not see drops does not know.
+        }
         // Only a loopback is the sender's own; the cgroup is not its listener's.
         self.name_by_socket(&mut event.destination, netns, 0, at);
         // A full accept queue drops without a trace but its namespace's counter.
-        if event.cause == Some(Cause::Elsewhere)
+        if event.cause != Some(Cause::DroppedHere)
             && event.kind == Kind::Syn
             && let (Some(ip), Some(port)) = (event.destination.ip, event.destination.port)
             && self.state.accept_queues.overflowed_since(ip, began)
@@ -203,8 +206,7 @@ impl Pipeline {
         {
             event.cause = Some(Cause::DroppedHere);
         }
-        let cause = event.cause.unwrap_or(Cause::Elsewhere);
-        lock(&self.state.record).add_unanswered(&event, cause, now);
+        lock(&self.state.record).add_unanswered(&event, now);
         if is_own && event.kind == Kind::Syn {
             let what = What::Connect(ConnectResult::Unanswered);
             lock(&self.state.senders).add(&event.source, what, 1, 0, now);

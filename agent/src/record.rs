@@ -151,13 +151,13 @@ impl Record {
         self.add_to(outcome, Pair::Other, kind, reason, packets, now);
     }
 
-    /// Counts an attempt that nobody answered.
-    pub fn add_unanswered(&mut self, event: &Event, cause: Cause, now: Instant) {
+    /// Counts an attempt that nobody answered; without a cause if drops are not seen.
+    pub fn add_unanswered(&mut self, event: &Event, now: Instant) {
         let series = Series {
             outcome: Outcome::Unanswered,
             pair: Arc::new(pair(event, self.detail)),
             kind: event.kind,
-            reason: cause.as_str().into(),
+            reason: event.cause.map_or("", Cause::as_str).into(),
         };
         self.add_series(series, 1, now);
     }

@@ -15,6 +15,7 @@ use crate::senders::Senders;
 use crate::source::accept_queues::AcceptQueues;
 use crate::source::conntrack;
 use crate::source::drain::Drainer;
+use crate::source::hooks;
 use crate::source::load::SourceStatus;
 use crate::sync::lock;
 
@@ -299,7 +300,12 @@ impl State {
         if self.observing.load(Ordering::Relaxed) {
             Ok(())
         } else {
-            Err("drops are not observed yet".to_owned())
+            let status = lock(&self.status);
+            let drops = status.sources.iter().find(|s| s.source == hooks::DROPS);
+            Err(match drops.and_then(|drops| drops.why.as_ref()) {
+                Some(why) => format!("drops are not observed: {why}"),
+                None => "drops are not observed yet".to_owned(),
+            })
         }
     }
 

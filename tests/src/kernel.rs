@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -114,6 +114,15 @@ pub const NO_NFT_EGRESS: &str = "the kernel has no hook for nft at a device's eg
 /// # Errors
 /// There can be no lab, or nft fails for another reason than that it is not supported.
 pub fn has_nft_egress() -> Result<bool> {
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    if let Some(known) = ANSWER.get() {
+        return Ok(*known);
+    }
+    let answer = probe_nft_egress()?;
+    Ok(*ANSWER.get_or_init(|| answer))
+}
+
+fn probe_nft_egress() -> Result<bool> {
     let lab = Lab::new()?;
     let chain = "table netdev probe { chain c { type filter hook egress device lo priority 0; }\n}";
     match lab.nft(Host::Router, chain) {

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::dns_client::{Client, Heard};
 use crate::dns_server::{A, AAAA};
+use crate::kernel;
 use crate::lab::{Host, Lab};
 use crate::unanswered::Unanswered;
 
@@ -57,16 +58,18 @@ pub fn rules(lab: &Lab, port: u16) -> Result<()> {
     let client = chain("output", &[("dport", id::OUTPUT, "drop")])
         + &chain("input", &[("sport", id::BACK_INPUT, "drop")]);
     lab.nft(Host::Client, &format!("table inet lab {{ {client} }}"))?;
-    lab.nft(
-        Host::Client,
-        &format!(
-            "table netdev lab {{ chain c {{ type filter hook egress device eth0 priority 0;
-               udp dport {port} {} drop
-             }}
-             }}",
-            ids(id::EGRESS)
-        ),
-    )?;
+    if kernel::has_nft_egress()? {
+        lab.nft(
+            Host::Client,
+            &format!(
+                "table netdev lab {{ chain c {{ type filter hook egress device eth0 priority 0;
+                   udp dport {port} {} drop
+                 }}
+                 }}",
+                ids(id::EGRESS)
+            ),
+        )?;
+    }
     let router = chain(
         "forward",
         &[

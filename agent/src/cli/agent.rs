@@ -138,10 +138,11 @@ async fn serve(args: AgentArgs) -> Result<()> {
         }
     });
     let mut observing = tokio::spawn(observer.run());
-    tracing::info!(
-        node = %state.node, listen = %args.listen, socket = %args.socket.display(),
-        "observing drops"
-    );
+    let (node, listen, socket) = (&state.node, args.listen, args.socket.display());
+    match state.ready() {
+        Ok(()) => tracing::info!(%node, %listen, %socket, "observing drops"),
+        Err(why) => tracing::warn!(%node, %listen, %socket, why, "observing without drops"),
+    }
 
     let mut ended = None;
     tokio::select! {
@@ -222,6 +223,7 @@ impl Observer {
         sources.push(locator.status());
         let mut cgroups = Cgroups::open();
         sources.push(cgroups.status());
+        let sees_drops = sources.iter().any(|s| s.source == hooks::DROPS && s.up);
         let is_dns_watched = sources.iter().any(|s| s.source == hooks::DNS && s.up);
         let is_dns_watched = Arc::new(AtomicBool::new(is_dns_watched));
         let knows_neighbours = sources.iter().any(|s| s.source == "neighbour" && s.up);
@@ -285,7 +287,7 @@ impl Observer {
         let drainer = Drainer::start(setup, sender).context("cannot start fetching counts")?;
         // The state is new, so nobody has set it.
         let _ = state.drainer.set(drainer);
-        state.observing.store(true, Ordering::Relaxed);
+        state.observing.store(sees_drops, Ordering::Relaxed);
         let (forwarded, conntrack) = sources::watch_conntrack(state, options, died)?;
         let decoder = Decoder::new(
             Names {

@@ -12,7 +12,7 @@ use crate::cli::sentence;
 use crate::source::accept_queues;
 use crate::source::cgroups::{self, Cgroups};
 use crate::source::hooks::{self, Attach, DROPS, SourceStatus};
-use crate::source::load;
+use crate::source::{load, lockdown};
 use crate::source::symbols::Locator;
 
 /// Maps large enough for every program to load; nothing is counted for longer than the check takes.
@@ -33,7 +33,10 @@ const OPTIONS: load::Options = load::Options {
 /// If the report cannot be written.
 pub fn run(args: CheckArgs) -> Result<ExitCode> {
     let (sources, problem) = match load::load(OPTIONS) {
-        Ok(loaded) => (loaded.sources.clone(), None),
+        Ok(loaded) => {
+            let drops = loaded.sources.iter().find(|s| s.source == DROPS && !s.up);
+            (loaded.sources.clone(), drops.and_then(|s| s.why.clone()))
+        }
         Err(error) => (Vec::new(), Some(sentence(&error))),
     };
     let mut sources = sources;
@@ -47,7 +50,7 @@ pub fn run(args: CheckArgs) -> Result<ExitCode> {
                 "observable": problem.is_none(),
                 "why": problem,
                 "kernel": kernel(),
-                "lockdown": lockdown(),
+                "lockdown": lockdown::mode(),
                 "sources": sources,
             });
             serde_json::to_string_pretty(&report).context("cannot write the report")? + "\n"
@@ -88,7 +91,7 @@ fn text(sources: &[SourceStatus], problem: Option<&str>) -> String {
         Some(problem) => format!("Drops CANNOT be observed on this node: {problem}\n"),
     };
     text += &format!("kernel {}", kernel());
-    if let Some(lockdown) = lockdown().filter(|mode| mode != "none") {
+    if let Some(lockdown) = lockdown::mode().filter(|mode| mode != "none") {
         text += &format!(", lockdown={lockdown}");
     }
     text += "\n\n";
@@ -117,13 +120,6 @@ fn kernel() -> String {
     nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())
         .unwrap_or_default()
-}
-
-/// The mode in brackets of `/sys/kernel/security/lockdown`, if the kernel has lockdown.
-fn lockdown() -> Option<String> {
-    let text = std::fs::read_to_string("/sys/kernel/security/lockdown").ok()?;
-    let (_, rest) = text.split_once('[')?;
-    Some(rest.split_once(']')?.0.to_owned())
 }
 
 #[cfg(test)]

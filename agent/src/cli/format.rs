@@ -127,6 +127,9 @@ impl Format {
         parts.extend(event.waited_seconds.map(|s| format!("after {s:.1}s")));
         let site = site(event, wide);
         parts.extend(match event.cause {
+            None if event.outcome == Outcome::Unanswered => {
+                Some("whether this node dropped it is not known".to_owned())
+            }
             None => site,
             Some(Cause::DroppedHere) => Some(match site {
                 Some(site) => format!("dropped here: {site}"),

@@ -105,6 +105,7 @@ const TABLE: &[Row] = &[
     row("", "tcp_v6_rcv", TcpNotSyn, Benign, "as tcp_v4_rcv"),
     row("", "tcp_v4_rcv", Syn, Rejected, "no listener, on kernels without reasons (5.10); a SYN that fails IPsec or MD5 there looks the same"),
     row("", "tcp_v6_rcv", Syn, Rejected, "as tcp_v4_rcv"),
+    row("", "nf_hook_slow", LocalDatagram, Rejected, "as NETFILTER_DROP, on kernels without reasons (5.10)"),
     row("", "ip6_mc_input", Always, Benign, "multicast that was delivered or that nobody joined (6.18: NOT_SPECIFIED)"),
     row("", "udp_destruct_common", Always, Benign, "what a closed UDP socket had not read (6.18: NOT_SPECIFIED)"),
     row("", "inet_sock_destruct", Always, Benign, "what a closed socket had not read (5.10)"),

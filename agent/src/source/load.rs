@@ -15,6 +15,7 @@ use whydrop_ebpf::{Control, OverflowCount, OverflowKey, PerCpu, REASONS};
 use super::btf::{self, KernelTypes};
 use super::budget::Budget;
 use super::hooks::{self, DROPS};
+use super::lockdown;
 pub use super::hooks::{Attach, SourceStatus};
 use super::sys::Plain;
 use crate::decode::classify;
@@ -111,7 +112,8 @@ pub struct Options {
 
 /// Loads the programs and attaches them.
 ///
-/// Errors: no BTF, no rights, or no way to see drops; each with what to do.
+/// Errors: no BTF, no rights, or no way to see drops; each with what to do. Under
+/// `lockdown=confidentiality` nothing is attached, and what needs no program can go on.
 pub fn load(options: Options) -> Result<Loaded> {
     let types = btf::read()?;
     let budget = Budget::new(
@@ -135,8 +137,12 @@ pub fn load(options: Options) -> Result<Loaded> {
     let mut sources = Vec::new();
     let mut programs = Vec::new();
     let mut missing = Vec::new();
+    let is_locked = lockdown::is_confidentiality();
     for hook in &hooks::HOOKS {
         let off = match hook.source {
+            // None of them is tried: one that loaded would say of what another cannot see here that
+            // it happened elsewhere.
+            _ if is_locked => Some(lockdown::CONFIDENTIALITY.to_owned()),
             hooks::CONNTRACK_DEATHS if !options.conntrack => {
                 Some("switched off by --conntrack off".to_owned())
             }
@@ -156,7 +162,7 @@ pub fn load(options: Options) -> Result<Loaded> {
             || hooks::attach(&mut ebpf, hook, options.attach, Some(&btf)),
             Err,
         );
-        if hook.source == DROPS {
+        if hook.source == DROPS && !is_locked {
             result
                 .as_ref()
                 .map_err(|e| anyhow::anyhow!("{e}"))
@@ -280,8 +286,7 @@ fn open(
 fn refused() -> String {
     if nix::unistd::geteuid().is_root() {
         "the kernel does not let whydrop observe drops; `whydrop check` tells what it allows \
-         (needed: CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN before Linux 5.8; \
-         lockdown=confidentiality forbids it)"
+         (needed: CAP_BPF and CAP_PERFMON, or CAP_SYS_ADMIN before Linux 5.8)"
             .to_owned()
     } else {
         "whydrop needs root, or CAP_BPF and CAP_PERFMON, to observe drops: run it with sudo"

@@ -9,6 +9,7 @@
 //! | `events.rs` | the ring buffer as a stream of events, and its clock |
 //! | `drain.rs` | the exact counts, generation by generation |
 //! | `attempts.rs` | connects and DNS queries that nobody answered |
+//! | `lockdown.rs` | what the kernel forbids even to root |
 //! | `namespaces.rs` | the network namespaces of this node, and whose they are |
 //! | `accept_queues.rs` | connections lost to a full accept queue, by namespace |
 //! | `cgroups.rs` | cgroup to pod |
@@ -26,6 +27,7 @@ pub mod drain;
 pub mod events;
 pub mod hooks;
 pub mod load;
+pub mod lockdown;
 pub mod namespaces;
 pub mod retry;
 pub mod symbols;

@@ -17,7 +17,8 @@ use crate::command::{command, find, output};
 /// The first process.
 const INIT: &str = include_str!("init.sh");
 /// The tools that the labs call, and those that somebody who looks around wants.
-const TOOLS: [&str; 24] = [
+const TOOLS: [&str; 25] = [
+    "bash",
     "bridge",
     "env",
     "ethtool",

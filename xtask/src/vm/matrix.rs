@@ -57,10 +57,9 @@ struct Check {
     says: &'static str,
 }
 
-/// `nf_conntrack_free` is in a module, which nobody has loaded before the check.
 const ALL_UP: Check = Check {
     observable: true,
-    down: &["conntrack_deaths"],
+    down: &[],
     says: "",
 };
 
@@ -72,7 +71,7 @@ const MATRIX: &[Plan] = &[
         clock: Clock::Counted,
         check: Check {
             observable: true,
-            down: &["reasons", "connect_errors", "conntrack_deaths"],
+            down: &["connect_errors", "reasons"],
             says: "",
         },
         labs: MANY,
@@ -121,14 +120,40 @@ const MATRIX: &[Plan] = &[
         clock: Clock::Counted,
         check: Check {
             observable: false,
-            down: &[],
-            says: "lockdown=confidentiality",
+            down: &[
+                "dns",
+                "connect_errors",
+                "connects",
+                "told",
+                "neighbour",
+                "conntrack_deaths",
+                "drops",
+                "locations",
+            ],
+            says: "CANNOT be observed on this node: lockdown=confidentiality",
         },
         labs: &[],
-        commands: &[],
+        commands: &[("agent", AGENT_WITHOUT_PROGRAMS)],
         may_leave_out: false,
     },
 ];
+
+/// What needs no program goes on, and the agent says that it is not ready and why.
+const AGENT_WITHOUT_PROGRAMS: &str = r#"set -e
+whydrop agent --cluster none --log-format text --listen 127.0.0.1:9464 --socket /tmp/agent.sock &
+agent=$!
+get() { wget -q -O - "http://127.0.0.1:9464/$1"; }
+for i in 1 2 3 4 5 6 7 8 9 10; do
+  sleep 1
+  get metrics > /tmp/metrics && grep -q 'source_up{source="conntrack"} 1' /tmp/metrics && break
+done
+grep -q '^whydrop_source_up{source="conntrack"} 1' /tmp/metrics
+grep -q '^whydrop_source_up{source="accept_queues"} 1' /tmp/metrics
+grep -q '^whydrop_source_up{source="drops"} 0' /tmp/metrics
+get healthz
+if get readyz; then exit 1; fi
+kill $agent
+wait $agent"#;
 
 /// What a machine showed.
 struct Shown {
