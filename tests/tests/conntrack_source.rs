@@ -28,7 +28,7 @@ const DNS_TIMEOUT: Duration = Duration::from_millis(1_000);
 /// Between two dumps.
 const PERIOD: Duration = Duration::from_millis(500);
 /// What the other work of the machine may take.
-const SLACK: Duration = Duration::from_millis(400);
+const SLACK: Duration = Duration::from_millis(500);
 /// For what must come.
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -117,7 +117,7 @@ impl Watch {
 
     /// Nothing more comes, however long it is waited.
     fn nothing_more(&mut self) -> Result<()> {
-        self.dumps(8)?;
+        self.dumps(5)?;
         let more = self.attempts.try_recv();
         ensure!(more.is_err(), "found as well: {more:?}");
         Ok(())

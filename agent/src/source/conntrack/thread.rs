@@ -128,7 +128,7 @@ impl Thread {
             self.times.udp_s = lifetime_s("nf_conntrack_udp_timeout");
             if entries == 0 {
                 // What has ended is told before it is missing.
-                self.read_events()?;
+                self.read_ends()?;
                 self.waiting.nothing_there(Instant::now());
                 self.next_dump = Instant::now() + PERIOD;
             } else {
@@ -139,8 +139,7 @@ impl Thread {
             });
             self.retry = FIRST_RETRY;
         }
-        self.read_events()?;
-        self.read_died();
+        self.read_ends()?;
         self.decide_due()
     }
 
@@ -185,7 +184,7 @@ impl Thread {
             result => result?,
         };
         let took = cpu_time().saturating_sub(cpu);
-        self.read_events()?;
+        self.read_ends()?;
         self.waiting.end_dump(Instant::now());
         let Dumped {
             entries,
@@ -205,8 +204,14 @@ impl Thread {
         Ok(())
     }
 
-    /// Reads what the kernel has told of destroyed entries.
-    /// As many as their buffer holds.
+    /// Reads what has ended, by all that tells of it.
+    fn read_ends(&mut self) -> Result<(), Error> {
+        self.read_died();
+        self.read_events()
+    }
+
+    /// Reads what the programs have seen of entries that died unreplied: as many as their buffer
+    /// holds.
     fn read_died(&mut self) {
         const MOST: usize = 512;
         let Some(next) = &mut self.setup.died else {
@@ -220,6 +225,7 @@ impl Thread {
         }
     }
 
+    /// Reads what the kernel has told of destroyed entries.
     fn read_events(&mut self) -> Result<(), Error> {
         let Some(events) = self.link.as_mut().and_then(|link| link.events.as_mut()) else {
             return Ok(());

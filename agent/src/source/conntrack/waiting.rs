@@ -228,7 +228,9 @@ impl Waiting {
     pub fn died(&mut self, entry: &Entry, times: &Times, now: Instant, wall_ns: u64) {
         match self.entries.get_mut(&entry.key) {
             Some(state) if state.due.is_some() => state.died = true,
-            _ => self.destroyed(entry, times, now, wall_ns),
+            // Of what is decided, this is the end: it may come after a dump that missed it.
+            Some(_) => {}
+            None => self.destroyed(entry, times, now, wall_ns),
         }
     }
 

@@ -443,6 +443,25 @@ fn a_query_by_another_entry_is_another_query() {
 }
 
 #[test]
+fn the_end_of_a_query_that_was_reported_is_no_news_without_its_id() {
+    let query = entry(1, Protocol::UDP, 53, 29);
+    let mut table = Table::new();
+    table.dump(0, std::slice::from_ref(&query));
+    table.decide(&query.key);
+    // It expires, and the programs, which do not know ids, see it freed after the dump.
+    table.dump(30_000, &[]);
+    let now = table.at(30_001);
+    let ended = with_id(query.clone(), 0);
+    table.waiting.died(&ended, &TIMES, now, WALL);
+    assert_eq!(table.next_due(), None, "reported twice");
+    // One that nobody has seen is news.
+    let now = table.at(30_002);
+    let unseen = with_id(entry(2, Protocol::UDP, 53, 29), 0);
+    table.waiting.died(&unseen, &TIMES, now, WALL);
+    assert!(table.next_due().is_some());
+}
+
+#[test]
 fn what_died_may_go_on() {
     let mut table = Table::new();
     table.dump(0, &[syn(1, 119)]);

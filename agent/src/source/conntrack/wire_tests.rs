@@ -118,6 +118,22 @@ fn a_reset_shows_in_the_state_alone() {
     assert_eq!(unreplied.expires_in_s, None);
 }
 
+#[test]
+fn one_entry_that_makes_no_sense_does_not_spoil_a_dump() {
+    // The timeout of the first entry that is read: a length that is none of a number's.
+    const TIMEOUT: [u8; 4] = [8, 0, 7, 0];
+    let mut bytes = FILTERED.to_vec();
+    let at = bytes
+        .windows(4)
+        .position(|bytes| bytes == TIMEOUT)
+        .expect("a timeout");
+    bytes[at] = 6;
+    let answers = answers(&bytes, false);
+    assert!(matches!(answers[0], Answer::Unreadable), "{answers:?}");
+    assert_eq!(answers.len(), self::answers(FILTERED, false).len());
+    assert_eq!(entries(&bytes, false)[..], entries(FILTERED, false)[1..]);
+}
+
 /// What is asked for, read by the same library.
 fn request_attributes(
     bytes: &[u8],
