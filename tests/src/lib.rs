@@ -16,6 +16,8 @@
 //! | [`queries`] | DNS queries by what becomes of them |
 //! | [`port`] | TCP ports by what becomes of a connect |
 //! | [`sockets`] | the TCP sockets of a host, as the kernel lists them |
+//! | [`tracked`] | a conntrack table with entries in it |
+//! | [`watching`] | a running conntrack source by itself, and traffic for it |
 //! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
 //! | [`kernel`] | what the kernel can do, and the programs and maps that a process has in it |
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
@@ -52,8 +54,10 @@ pub mod scene;
 pub mod silence;
 pub mod sockets;
 pub mod tallies;
+pub mod tracked;
 pub mod traffic;
 pub mod unanswered;
+pub mod watching;
 pub mod xdp;
 
 /// Makes of each function `fn name(family: Family) -> Result<()>` two tests, `name::ipv4` and

@@ -200,9 +200,9 @@ fn ends(family: Family) -> Result<()> {
     let blocked = lab.within(client, || Blocked::open(lost))?;
     let hanging = Hanging::start(lab, client, lost)?;
     drop(closed);
-    blocked.give_up()?;
+    let stays = blocked.give_up()?;
     hanging.kill()?;
-    let abandoned = EACH as u64 + 2;
+    let abandoned = EACH as u64 + if stays.is_some() { 1 } else { 2 };
     let results_so_far = Results {
         abandoned,
         ..Results::default()
@@ -211,7 +211,11 @@ fn ends(family: Family) -> Result<()> {
 
     // One that hangs until it is reported; its process is then killed.
     let killed = Hanging::start(lab, client, lost)?;
-    let mut wanted = vec![Unanswered::connect(killed.from, port::FORWARD).reason(REASON)];
+    let mut wanted: Vec<_> = [killed.from]
+        .into_iter()
+        .chain(stays.iter().map(|blocked| blocked.from))
+        .map(|from| Unanswered::connect(from, port::FORWARD).reason(REASON))
+        .collect();
     // The kernel gives up before the agent's timeout.
     let impatient = Options {
         user_timeout: Some(Duration::from_millis(500)),

@@ -8,7 +8,8 @@ use whydrop_tests::lab::{Family, Host, Lab, Place, TC_STOLEN};
 use whydrop_tests::on_both_families;
 use whydrop_tests::packet::{self, flags};
 use whydrop_tests::scene::{Scene, TCP_PORT};
-use whydrop_tests::traffic::{self, Connect};
+use whydrop_tests::tracked;
+use whydrop_tests::traffic::Connect;
 
 const NFT: [&str; 2] = ["nft_do_chain", "nf_hook_slow"];
 const LEGACY: [&str; 1] = ["nf_hook_slow"];
@@ -97,7 +98,7 @@ fn conntrack_full(family: Family) -> Result<()> {
         }
         Ok(())
     })?;
-    fill_conntrack(&scene, limit)?;
+    tracked::fill(&scene.lab, family, limit)?;
     scene.udp(30)?;
     ensure!(scene.connect() == Connect::Silent);
     let all = conntrack(&scene.lab, Host::Router, "drop")?;
@@ -116,48 +117,4 @@ fn conntrack_full(family: Family) -> Result<()> {
             .reason(&REASON)
             .at(&LEGACY),
     ])
-}
-
-/// Makes connections through the router until it tracks as many as it may.
-fn fill_conntrack(scene: &Scene, limit: u64) -> Result<()> {
-    let client = scene.address(Place::Of(Host::Client));
-    let server = scene.address(Place::Of(Host::Server));
-    let entries = || -> Result<u64> {
-        Ok(scene
-            .lab
-            .read(Host::Router, "/proc/sys/net/netfilter/nf_conntrack_count")?
-            .trim()
-            .parse()?)
-    };
-    let mut made = 0;
-    loop {
-        let missing = limit.saturating_sub(entries()?).min(20_000);
-        if missing == 0 {
-            return Ok(());
-        }
-        ensure!(
-            made < 2 * limit,
-            "the table does not fill: {} of {limit}",
-            entries()?
-        );
-        let ports: Vec<(u16, u16)> = (made..made + missing)
-            .map(|n| (2000 + (n % 60_000) as u16, 1000 + (n / 60_000) as u16))
-            .collect();
-        let segment = |from, to| packet::segment(from, to, flags::ACK);
-        let there: Vec<_> = ports
-            .iter()
-            .map(|(low, high)| segment((client, *low), (server, *high)))
-            .collect();
-        let back: Vec<_> = ports
-            .iter()
-            .map(|(low, high)| segment((server, *high), (client, *low)))
-            .collect();
-        // The third makes the entry "assured": used both ways, and answered before.
-        scene.raw(&there)?;
-        scene
-            .lab
-            .within(Host::Server, || traffic::raw_ip(client, &back))?;
-        scene.raw(&there)?;
-        made += missing;
-    }
 }

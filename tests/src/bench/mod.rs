@@ -11,6 +11,7 @@
 //! | [`namespaces`] | `namespaces`: what a node full of network namespaces takes |
 //! | [`answers`] | `latency`, `scrape`: how soon it says what it knows |
 //! | [`silence`] | `silence`, `hang`: whether it tells what nobody answers, and how soon |
+//! | [`conntrack`] | `conntrack`: what dumps, look-ups and listening to conntrack take |
 //! | [`inflight`] | `inflight`: 100,000 connects that hang at once |
 //!
 //! What they share: [`report`] (tables, JSON), [`flows`] (traffic over many flows), [`ends`] (traffic of one
@@ -24,6 +25,7 @@
 
 pub mod answers;
 pub mod candidates;
+pub mod conntrack;
 pub mod cost;
 pub mod ends;
 pub mod exactness;
@@ -54,7 +56,7 @@ pub struct Benchmark {
 }
 
 /// All of them, in the order in which they run.
-pub const ALL: [Benchmark; 15] = [
+pub const ALL: [Benchmark; 16] = [
     Benchmark {
         name: "flood",
         about: "1,000,000 drops as fast as possible, over 5,000 flows, in each family",
@@ -129,5 +131,10 @@ pub const ALL: [Benchmark; 15] = [
         name: "inflight",
         about: "100,000 connects that hang at once",
         run: inflight::inflight,
+    },
+    Benchmark {
+        name: "conntrack",
+        about: "the conntrack table: dumps, look-ups, and connects while someone listens to their end",
+        run: conntrack::conntrack,
     },
 ];

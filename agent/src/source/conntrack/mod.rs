@@ -80,6 +80,9 @@ pub struct Setup {
     /// Entries of this namespace that died unreplied, where the programs see them: also those that the
     /// dumps miss, and at no cost to others.
     pub died: Option<NextDied>,
+    /// The kernel is asked to choose the entries of a dump. They are checked in any case; this saves
+    /// most of what a dump takes.
+    pub kernel_filter: bool,
     /// Whether destroyed entries are followed as well.
     pub destroy: Destroy,
     /// Receive buffer for events of destroyed entries, in bytes.
@@ -102,6 +105,7 @@ impl Setup {
             local,
             is_foreign,
             died: None,
+            kernel_filter: true,
             destroy: Destroy::Off,
             // Some 1,500 events: 50 ms of the fastest node, and the thread reads at once.
             destroy_buffer_bytes: 2 << 20,
