@@ -207,7 +207,9 @@ fn ends(family: Family) -> Result<()> {
         abandoned,
         ..Results::default()
     };
-    results(&scene, results_so_far)?;
+    if stays.is_none() {
+        results(&scene, results_so_far)?;
+    }
 
     // One that hangs until it is reported; its process is then killed.
     let killed = Hanging::start(lab, client, lost)?;

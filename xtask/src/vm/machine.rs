@@ -47,7 +47,9 @@ pub struct Machine<'a> {
 
 impl Machine<'_> {
     fn start(&self, stdin: Stdio, stdout: Stdio) -> Result<Running> {
-        let mut qemu = command(QEMU);
+        // A machine that outlives who started it would run for ever.
+        let mut qemu = command("setpriv");
+        qemu.args(["--pdeathsig", "KILL", QEMU]);
         match self.clock {
             Clock::Counted => qemu
                 .args(["-accel", "tcg,thread=single", "-smp", "1"])
