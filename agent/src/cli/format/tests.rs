@@ -80,7 +80,7 @@ fn what_is_not_known_is_not_shown() {
     };
     assert_eq!(
         compact(unanswered),
-        "12:03:10.512  UNANSWERED  ? → ?  IPv6  ×4\n"
+        "12:03:10.512  UNANSWERED  ? → ?  IPv6  ×4  whether this node dropped it is not known\n"
     );
 }
 
