@@ -50,7 +50,8 @@ unsafe fn died(entry: u64) {
         && offset!(ct_tcp_state) != MISSING
         && unsafe { copy(&mut state, entry + u64::from(offset!(ct_tcp_state))) }
         && state == TCP_CONNTRACK_SYN_SENT;
-    if !is_connect && !(protocol == UDP && asks) {
+    let is_query = protocol == UDP && asks;
+    if !is_connect && !is_query {
         return;
     }
     let Some(mut event) = DIED.reserve::<Died>(0) else {

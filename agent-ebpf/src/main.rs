@@ -24,6 +24,10 @@
     missing_docs,
     reason = "the program macros make public functions without their comments"
 )]
+#![allow(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key or value that is passed by value is one more copy on a stack of 512 bytes"
+)]
 #![allow(unused_unsafe, reason = "`offset!` reads a static wherever it stands")]
 
 mod access;
