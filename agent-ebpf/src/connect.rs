@@ -3,7 +3,7 @@
 //!
 //! What hangs is found by the agent, which looks through the map: a hang has no event of its own.
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::bindings::BPF_ANY;
 use aya_ebpf::helpers::generated::{bpf_get_current_cgroup_id, bpf_ktime_get_boot_ns};
 use aya_ebpf::macros::{btf_tracepoint, raw_tracepoint};
 use aya_ebpf::programs::{BtfTracePointContext, RawTracePointContext};
@@ -236,12 +236,12 @@ pub unsafe fn syn_sent<const TYPED: bool>(skb: *const u8, sk: *const u8) -> u32 
     connect.sent_ns = now;
     if connect.sent == 1 {
         connect.tuple.source_port = unsafe { field::<u16, TYPED>(sk, offset!(sock_num)) };
-        // Without room a drop elsewhere in this kernel does not find it; it is as large as the
-        // other map, so there is room.
-        let _ = SYNS.insert(&connect.tuple, socket, BPF_NOEXIST.into());
+        // It is twice as large as the other map, so there is room. What another socket left there, whose
+        // end was not seen, is not its attempt any more.
+        let _ = SYNS.insert(&connect.tuple, socket, BPF_ANY.into());
         let nfct = unsafe { conntrack::nfct::<TYPED>(skb) };
         if conntrack::translated_ends(nfct, &mut connect.wire) {
-            let _ = SYNS.insert(&connect.wire, socket, BPF_NOEXIST.into());
+            let _ = SYNS.insert(&connect.wire, socket, BPF_ANY.into());
         }
     }
     1

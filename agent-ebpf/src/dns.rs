@@ -6,7 +6,7 @@
 
 use core::ptr::copy_nonoverlapping;
 
-use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use aya_ebpf::bindings::{BPF_ANY, BPF_EXIST, BPF_NOEXIST};
 use aya_ebpf::helpers::bpf_probe_read_kernel_buf;
 use aya_ebpf::helpers::generated::bpf_ktime_get_boot_ns;
 use aya_ebpf::macros::{btf_tracepoint, fentry, kprobe, raw_tracepoint};
@@ -211,11 +211,20 @@ unsafe fn note<const TYPED: bool>(skb: *const u8, sk: *const u8, work: &mut Work
         bucket: 0,
         ip_version: query.ip_version,
     };
-    if QUERIES.insert(&query_key, &*query, BPF_ANY.into()).is_ok() {
+    // Another CPU or the agent may take the old one out at this moment, so each insert says what it
+    // expects: only what was not there is one more that waits.
+    let is_replaced = known_here
+        && QUERIES
+            .insert(&query_key, &*query, BPF_EXIST.into())
+            .is_ok();
+    if is_replaced {
         counts.queries += 1;
-        if !known_here {
-            waiting(1);
-        }
+    } else if QUERIES
+        .insert(&query_key, &*query, BPF_NOEXIST.into())
+        .is_ok()
+    {
+        counts.queries += 1;
+        waiting(1);
     } else {
         counts.queries_lost += 1;
     }

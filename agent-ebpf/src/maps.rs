@@ -89,7 +89,8 @@ pub static EVENTS: RingBuf = RingBuf::with_byte_size(4096, 0);
 pub static CONNECTS: HashMap<u64, Connect> = HashMap::with_max_entries(1024, 0);
 
 /// The sockets of [`CONNECTS`] that sent a SYN, by their two ends: a drop in another namespace finds
-/// its attempt by it. As large as [`CONNECTS`].
+/// its attempt by it. Twice as large as [`CONNECTS`]: where the socket's own namespace translates
+/// addresses, an attempt has two pairs of them.
 #[map]
 pub static SYNS: HashMap<Tuple, u64> = HashMap::with_max_entries(1024, 0);
 

@@ -64,7 +64,8 @@ pub fn enrich_attempt(
         node: node.clone(),
         kind: attempt.kind,
         outcome: Outcome::Unanswered,
-        packets: attempt.sent,
+        // A SYN that still waits for its neighbour's address was not sent, but it is one.
+        packets: attempt.sent.max(1),
         protocol: Some(attempt.flow.protocol),
         ip_version: Some(match attempt.flow.source.to_canonical() {
             IpAddr::V4(_) => 4,
@@ -75,11 +76,12 @@ pub fn enrich_attempt(
         destination,
         // To the millisecond: the thread that finds it looks ten times a second.
         waited_seconds: Some((attempt.waited.as_secs_f64() * 1000.0).round() / 1000.0),
-        cause: Some(if attempt.drop.is_some() {
-            Cause::DroppedHere
-        } else {
-            Cause::Elsewhere
-        }),
+        cause: match attempt.drop {
+            Some(_) => Some(Cause::DroppedHere),
+            // It never left, so it was not lost elsewhere; this node may drop it yet.
+            None if attempt.sent == 0 => None,
+            None => Some(Cause::Elsewhere),
+        },
         dns: attempt.dns,
         drop: attempt.drop,
         explanation: None,

@@ -25,6 +25,7 @@ use crate::decode::late::{Late, Settled};
 use crate::decode::{self, Decoder, Flow};
 use crate::enrich::{enrich, enrich_attempt, name_host_network_pod, pod_of_namespace};
 use crate::event::{Cause, Endpoint, EndpointKind, Event, Kind, Line, Lost, LostStage, Outcome};
+use crate::recent::{Known, RecentDrops};
 use crate::senders::{ConnectResult, What};
 use crate::source::attempts::{Found, Unanswered};
 use crate::source::conntrack::{LocalTuples, Tuple};
@@ -39,6 +40,10 @@ const EXPIRE_EVERY: Duration = Duration::from_secs(10);
 /// Flows whose rest waits to be said; as many as two generations of the default map hold. Past it
 /// the rest is said as lost at once.
 const MAX_UNSAID: usize = 100_000;
+
+/// How long before the computed start of an attempt a drop may be its own: that start is a difference of
+/// times that were read one after another.
+const CLOCK_SLACK: Duration = Duration::from_millis(100);
 
 /// Reasons of packets that lost theirs: the program was already running, or no map had room.
 const MISSED: &str = "__missed__";
@@ -71,6 +76,7 @@ pub struct Pipeline {
     pod_of_cgroup: PodOfCgroup,
     conntrack: Conntrack,
     late: Late,
+    recent: RecentDrops,
     /// Packets that had an event of their own, by the generation that counts them; two or three.
     said: BTreeMap<u64, HashMap<FlowKey, Fates>>,
     unsaid: HashMap<FlowKey, (Fates, Timestamp)>,
@@ -94,6 +100,7 @@ impl Pipeline {
             pod_of_cgroup,
             conntrack,
             late: Late::new(knows_neighbours),
+            recent: RecentDrops::default(),
             said: BTreeMap::new(),
             unsaid: HashMap::new(),
             totals: Totals::default(),
@@ -107,6 +114,7 @@ impl Pipeline {
         let Some(drop) = self.decoder.event(event, wall) else {
             return;
         };
+        self.recent.note(&drop, Instant::now());
         let said = self.said.entry(event.generation).or_default();
         let said = said.entry(event.key).or_default();
         match drop.outcome {
@@ -187,13 +195,24 @@ impl Pipeline {
 
     /// One attempt that nobody answered; `is_own` if it is one of a socket of this kernel, whose
     /// connects are counted by their result.
-    fn attempt(&mut self, attempt: Attempt, at: Timestamp, is_own: bool, now: Instant) {
+    fn attempt(&mut self, mut attempt: Attempt, at: Timestamp, is_own: bool, now: Instant) {
         let (cgroup, netns) = (attempt.cgroup.unwrap_or(0), attempt.netns.unwrap_or(0));
         let began = now.checked_sub(attempt.waited).unwrap_or(now);
+        let mut is_forgotten = false;
+        if attempt.drop.is_none() {
+            // The clocks of both ends of this subtraction are read at different moments.
+            let began = began.checked_sub(CLOCK_SLACK).unwrap_or(began);
+            match self.recent.of(&attempt.flow, began) {
+                Known::Dropped(site) => attempt.drop = Some(site),
+                Known::Forgotten => is_forgotten = true,
+                Known::Nothing => {}
+            }
+        }
         let mut event = enrich_attempt(attempt, at, &self.state.index(), &self.state.node);
         self.name_by_socket(&mut event.source, netns, cgroup, at);
-        if self.state.ready().is_err() && event.cause == Some(Cause::Elsewhere) {
-            event.cause = None; // Who does not see drops does not know.
+        let does_not_know = is_forgotten || self.state.ready().is_err();
+        if does_not_know && event.cause == Some(Cause::Elsewhere) {
+            event.cause = None;
         }
         // Only a loopback is the sender's own; the cgroup is not its listener's.
         self.name_by_socket(&mut event.destination, netns, 0, at);
@@ -201,8 +220,8 @@ impl Pipeline {
         if event.cause != Some(Cause::DroppedHere)
             && event.kind == Kind::Syn
             && let (Some(ip), Some(port)) = (event.destination.ip, event.destination.port)
-            && self.state.accept_queues.overflowed_since(ip, began)
-            && self.state.accept_queues.has_backlog(ip, port)
+            && self.state.accept_queues.overflowed_since(ip, netns, began)
+            && self.state.accept_queues.has_backlog(ip, netns, port)
         {
             event.cause = Some(Cause::DroppedHere);
         }

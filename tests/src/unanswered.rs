@@ -29,12 +29,15 @@ pub fn timeouts(time: &str) -> [&str; 4] {
     ["--syn-timeout", time, "--dns-timeout", time]
 }
 
-/// Which attempt: its protocol, the sender's address and port, and of DNS its id.
+/// Which attempt: its protocol, the sender's address and port, of DNS its id, and of a connect where it
+/// goes: the kernel lets one source port connect to several destinations at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key {
     from: SocketAddr,
     /// `None` of a connect.
     id: Option<u16>,
+    /// 0 of a query.
+    to_port: u16,
     tcp: bool,
 }
 
@@ -42,7 +45,7 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.id {
             Some(id) => write!(f, "query {id} from {}", self.from),
-            None => write!(f, "connect from {}", self.from),
+            None => write!(f, "connect from {} to port {}", self.from, self.to_port),
         }
     }
 }
@@ -93,6 +96,7 @@ impl Unanswered {
         let key = Key {
             from,
             id: None,
+            to_port,
             tcp: true,
         };
         Self::new(key, to_port)
@@ -103,19 +107,13 @@ impl Unanswered {
         let key = Key {
             from,
             id: Some(id),
+            to_port: 0,
             tcp: false,
         };
         Self {
             name: Some(format!("{name}.")),
             ..Self::new(key, to_port)
         }
-    }
-
-    /// The query was sent by TCP.
-    #[must_use]
-    pub fn by_tcp(mut self) -> Self {
-        self.key.tcp = true;
-        self
     }
 
     /// This node dropped a packet of it; no particular place.
@@ -281,10 +279,13 @@ fn key(lab: &Lab, line: &Value) -> Option<Key> {
     let ip: IpAddr = source["ip"].as_str()?.parse().ok()?;
     let ours = source["namespace"] == lab.namespace().as_str();
     let marker = line["destination"]["pod"] == "marker";
+    let port = |end: &str| line[end]["port"].as_u64().unwrap_or(0) as u16;
+    let tcp = line["protocol"] == "TCP";
     (line["outcome"] == "unanswered" && ours && !marker).then(|| Key {
-        from: SocketAddr::new(ip, line["source"]["port"].as_u64().unwrap_or(0) as u16),
+        from: SocketAddr::new(ip, port("source")),
         id: line["dns"]["id"].as_u64().map(|id| id as u16),
-        tcp: line["protocol"] == "TCP",
+        to_port: if tcp { port("destination") } else { 0 },
+        tcp,
     })
 }
 

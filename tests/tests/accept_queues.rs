@@ -317,11 +317,11 @@ fn asked_whether_a_listener_overflowed() -> Result<()> {
         let [server, server2] =
             [Host::Server, Host::Server2].map(|host| lab.address(Place::Of(host), family));
         let start = Instant::now();
-        ensure!(!queues.overflowed_since(server, start));
+        ensure!(!queues.overflowed_since(server, 0, start));
         let _listener = fill(&lab, family)?;
-        ensure!(queues.overflowed_since(server, start));
-        ensure!(!queues.overflowed_since(server2, start));
-        ensure!(!queues.overflowed_since(server, Instant::now()));
+        ensure!(queues.overflowed_since(server, 0, start));
+        ensure!(!queues.overflowed_since(server2, 0, start));
+        ensure!(!queues.overflowed_since(server, 0, Instant::now()));
         drop(running);
         Ok(())
     })

@@ -129,17 +129,23 @@ fn own_netns() -> Option<u32> {
 }
 
 /// Whether attempts from an address are counted by nobody else: neither on another node, by the
-/// socket there, nor on this one.
+/// socket there, nor on this one. Not while that is not known: before the first look at this node's
+/// namespaces, and of an address inside a pod range that no object holds yet.
 fn is_foreign(state: &State, ip: std::net::IpAddr) -> bool {
     let mut sender = crate::event::Endpoint {
         ip: Some(ip),
         ..Default::default()
     };
     state.index().name(&mut sender, None, Timestamp::now());
-    let is_of_cluster = matches!(sender.kind, Some(EndpointKind::Pod | EndpointKind::Node));
-    let is_elsewhere = is_of_cluster && sender.node.as_deref() != Some(&*state.node);
+    let is_elsewhere = match sender.kind {
+        Some(EndpointKind::Pod | EndpointKind::Node) => {
+            sender.node.as_deref() != Some(&*state.node)
+        }
+        Some(EndpointKind::Unknown) => true,
+        _ => false,
+    };
     let namespaces = state.accept_queues.namespaces();
-    !is_elsewhere && namespaces.with_address(ip).is_empty()
+    !is_elsewhere && !namespaces.all().is_empty() && namespaces.with_address(ip).is_empty()
 }
 
 fn real_destination(lookup: &mut Lookup, flow: &Flow) -> Option<(std::net::IpAddr, u16)> {

@@ -130,7 +130,7 @@ struct Queues {
     /// The node's own counters can be read.
     readable: Result<(), String>,
     /// Listeners that were looked at, when, and whether connections wait to be accepted.
-    backlogs: HashMap<(IpAddr, u16), (Instant, bool)>,
+    backlogs: HashMap<(IpAddr, u32, u16), (Instant, bool)>,
 }
 
 /// The accept queues of all namespaces.
@@ -180,21 +180,27 @@ impl AcceptQueues {
         &self.namespaces
     }
 
+    /// The namespaces in which a sender in a namespace finds an address: a loopback is its own.
+    fn places(&self, ip: IpAddr, sender_netns: u32) -> Vec<Arc<Namespace>> {
+        if ip.is_loopback() {
+            self.namespaces.get(sender_netns).into_iter().collect()
+        } else {
+            self.namespaces.with_address(ip)
+        }
+    }
+
     /// Whether a listener at an address lost connections to a full queue since a time, as far as
     /// can be told: the kernel counts by namespace, not by listener, and a loss of up to a second
     /// before that time may have been seen only after it. Reads the counters now, which takes
     /// some 30 µs; those of a namespace that is not known yet are not there.
-    pub fn overflowed_since(&self, ip: IpAddr, since: Instant) -> bool {
-        self.namespaces
-            .with_address(ip)
-            .into_iter()
-            .any(|namespace| {
-                let mut queues = lock(&self.queues);
-                // What cannot be read now may have been read before.
-                let _ = self.read(&mut queues, &namespace);
-                let queue = queues.queues.get(&namespace.serial);
-                queue.is_some_and(|queue| queue.overflowed.is_some_and(|at| at >= since))
-            })
+    pub fn overflowed_since(&self, ip: IpAddr, sender_netns: u32, since: Instant) -> bool {
+        self.places(ip, sender_netns).into_iter().any(|namespace| {
+            let mut queues = lock(&self.queues);
+            // What cannot be read now may have been read before.
+            let _ = self.read(&mut queues, &namespace);
+            let queue = queues.queues.get(&namespace.serial);
+            queue.is_some_and(|queue| queue.overflowed.is_some_and(|at| at >= since))
+        })
     }
 
     /// Whether a listener at an address and port has connections that wait to be accepted, now. With
@@ -203,7 +209,7 @@ impl AcceptQueues {
     /// Reads the namespace's `/proc/net/tcp` and `tcp6`, where a listener's `rx_queue` is its
     /// `sk_ack_backlog` (net/ipv4/tcp_ipv4.c, `get_tcp4_sock`); what it found is good for a quarter of a
     /// second, because many connections hang at once.
-    pub fn has_backlog(&self, ip: IpAddr, port: u16) -> bool {
+    pub fn has_backlog(&self, ip: IpAddr, sender_netns: u32, port: u16) -> bool {
         let now = Instant::now();
         let mut queues = lock(&self.queues);
         let Queues {
@@ -215,13 +221,14 @@ impl AcceptQueues {
         if backlogs.len() >= MAX_BACKLOGS {
             backlogs.clear();
         }
-        let known = backlogs.get(&(ip, port));
+        let place = (ip, if ip.is_loopback() { sender_netns } else { 0 }, port);
+        let known = backlogs.get(&place);
         if let Some((at, backlog)) = known
             && now.duration_since(*at) < BACKLOG_AGE
         {
             return *backlog;
         }
-        let namespaces = self.namespaces.with_address(ip);
+        let namespaces = self.places(ip, sender_netns);
         let backlog = namespaces.iter().any(|namespace| {
             // An IPv6 listener takes IPv4 as well.
             ["tcp", "tcp6"].into_iter().any(|file| {
@@ -229,7 +236,7 @@ impl AcceptQueues {
                     && listens_in_vain(text, port)
             })
         });
-        backlogs.insert((ip, port), (now, backlog));
+        backlogs.insert(place, (now, backlog));
         backlog
     }
 

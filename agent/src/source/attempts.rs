@@ -33,6 +33,10 @@ const CHUNK: usize = 1024;
 /// How long a query that was told of is kept, so that its resends are known as such: resolvers resend
 /// after 5 s at the latest by default, some after twice that.
 const KEEP_QUERIES_NS: u64 = 30_000_000_000;
+/// The same for a resend from another port, which only its id and message tell from a new query. Ids are
+/// used again by chance, so no longer than twice the longest default: of 100 queries a second for one
+/// name, all unanswered, 1.5% have the id of one that was told of in 10 s.
+const KEEP_IDS_NS: u64 = 10_000_000_000;
 /// A SYN is resent after 120 s at the latest (TCP_RTO_MAX). What sent none for longer is no socket any
 /// more: the program was not run when it ended.
 const STALE_NS: u64 = 200_000_000_000;
@@ -97,7 +101,7 @@ pub fn start(
         .name("attempts".to_owned())
         .spawn(move || {
             while !stop.load(Ordering::Relaxed) {
-                std::thread::sleep(TICK);
+                std::thread::sleep(sweeper.pause(sys::boot_ns()));
                 for chunk in sweeper.look(sys::boot_ns()) {
                     if found.blocking_send(chunk).is_err() {
                         return;
@@ -118,6 +122,8 @@ struct Sweeper {
     queries_due_ns: u64,
     /// The numbers at the last look.
     counts: AttemptCpu,
+    /// How many connects had ended when those were last fetched.
+    ended_seen: u64,
     forgotten: u64,
     /// DNS ids that were told of, and when they were last seen waiting.
     told: HashMap<u64, u64>,
@@ -137,11 +143,24 @@ impl Sweeper {
             connects_due_ns: 0,
             queries_due_ns: 0,
             counts: AttemptCpu::default(),
+            ended_seen: 0,
             forgotten: 0,
             told: HashMap::new(),
             missed: 0,
             missed_at_ns: 0,
         }
+    }
+
+    /// How long nothing can be due; at most a tick, since what ends is seen by the numbers alone.
+    fn pause(&self, now: u64) -> Duration {
+        let due = [
+            self.connects_due_ns
+                .max(self.swept.connects_ns + MIN_INTERVAL_NS),
+            self.queries_due_ns
+                .max(self.swept.queries_ns + MIN_INTERVAL_NS),
+        ];
+        let next = due.into_iter().filter(|due| *due > now).min();
+        next.map_or(TICK, |due| Duration::from_nanos(due - now).min(TICK))
     }
 
     /// What is due at `now`, in messages of a bounded size; nothing, if there is nothing to tell.
@@ -185,12 +204,8 @@ impl Sweeper {
     ) -> Result<(), String> {
         let last = self.swept.connects_ns;
         let waits = counts.connects > counts.connects_ended;
-        let has_ended = counts.ended != self.counts.ended;
+        let has_ended = counts.ended != self.ended_seen;
         if !(has_ended || waits && now >= self.connects_due_ns) || now < last + MIN_INTERVAL_NS {
-            if has_ended {
-                // Seen at the next look as well.
-                self.counts.ended = counts.ended.wrapping_sub(1);
-            }
             return Ok(());
         }
         self.note_missed(now);
@@ -215,15 +230,12 @@ impl Sweeper {
             }
         })
         .map_err(|e| format!("cannot read which connects wait: {e}"))?;
-        let known: HashSet<EndedKey> = if has_ended {
-            let key = |(socket, c): &(u64, Connect)| EndedKey {
-                socket: *socket,
-                start_ns: c.start_ns,
-            };
-            due.iter().map(key).collect()
-        } else {
-            HashSet::new()
+        // Any of them can end before the other map is read.
+        let key = |(socket, c): &(u64, Connect)| EndedKey {
+            socket: *socket,
+            start_ns: c.start_ns,
         };
+        let known: HashSet<EndedKey> = due.iter().map(key).collect();
         let missed_at_ns = self.missed_at_ns;
         for (_, connect) in due {
             // The program may not have seen it end. One that still waits resends its SYN.
@@ -253,6 +265,7 @@ impl Sweeper {
             // It may have ended meanwhile.
             let _ = sys::delete(self.setup.maps.connects.as_fd(), &socket);
         }
+        self.ended_seen = counts.ended;
         self.connects_due_ns = next;
         self.swept.connects_ns = now;
         self.write_swept()
@@ -284,6 +297,7 @@ impl Sweeper {
         let mut next = now + timeout;
         let mut over = Vec::new();
         let mut old = Vec::new();
+        let mut due = Vec::new();
         let mut waiting = 0usize;
         let (read, map) = (Batch::Read, self.setup.maps.queries.as_fd());
         sys::batch(map, read, 1, BATCH_KEYS, |key: QueryKey, values| {
@@ -299,13 +313,17 @@ impl Sweeper {
                 if due_ns > now && query.answered_ns == 0 {
                     next = next.min(due_ns);
                 } else if due_ns > last {
-                    found
-                        .unanswered
-                        .push(Unanswered::Query(key, Box::new(query)));
+                    due.push(Unanswered::Query(key, Box::new(query)));
                 }
             }
         })
         .map_err(|e| format!("cannot read which DNS queries wait: {e}"))?;
+        // What fails from here on must not make the next look tell of them again.
+        found.unanswered.extend(due);
+        self.leave_out_refused(found);
+        self.leave_out_resends(now, found);
+        self.queries_due_ns = next;
+        self.swept.queries_ns = now;
         // Room for what comes is worth more than to know resends.
         let is_crowded = waiting > self.setup.queries as usize / 2;
         let old = old
@@ -324,10 +342,6 @@ impl Sweeper {
             let set = self.setup.maps.forgotten.set(0, self.forgotten, 0);
             set.map_err(|e| format!("cannot say how many DNS queries were forgotten: {e}"))?;
         }
-        self.leave_out_refused(found);
-        self.leave_out_resends(now, found);
-        self.queries_due_ns = next;
-        self.swept.queries_ns = now;
         self.write_swept()
     }
 
@@ -357,7 +371,7 @@ impl Sweeper {
     /// server is asked from a new socket, with the same id.
     fn leave_out_resends(&mut self, now: u64, found: &mut Found) {
         self.told
-            .retain(|_, seen_ns| now.saturating_sub(*seen_ns) < KEEP_QUERIES_NS);
+            .retain(|_, seen_ns| now.saturating_sub(*seen_ns) < KEEP_IDS_NS);
         found.unanswered.retain(|unanswered| {
             let Unanswered::Query(key, query) = unanswered else {
                 return true;

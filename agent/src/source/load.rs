@@ -13,7 +13,7 @@ use whydrop_ebpf::attempt::{ClientKey, Settings, Swept, Tally};
 use whydrop_ebpf::{Control, OverflowCount, OverflowKey, PerCpu, REASONS};
 
 use super::btf::{self, KernelTypes};
-use super::budget::Budget;
+use super::budget::{Budget, SYNS_A_CONNECT};
 use super::hooks::{self, DROPS};
 pub use super::hooks::{Attach, SourceStatus};
 use super::lockdown;
@@ -272,7 +272,7 @@ fn open(
         .map_max_entries("OVERFLOW", budget.overflow)
         .map_max_entries("EVENTS", budget.ring_bytes)
         .map_max_entries("CONNECTS", budget.connects)
-        .map_max_entries("SYNS", budget.connects)
+        .map_max_entries("SYNS", budget.connects * SYNS_A_CONNECT)
         .map_max_entries("ENDED", budget.ended)
         .map_max_entries("QUERIES", budget.queries)
         .map_max_entries("TALLIES_0", budget.tallies)

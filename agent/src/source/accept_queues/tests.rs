@@ -166,16 +166,16 @@ fn an_overflow_is_told_from_the_time_on_that_was_asked_for() {
     node.lost();
     let ip = "10.244.1.7".parse().unwrap();
     let start = Instant::now();
-    assert!(!node.queues.overflowed_since(ip, start));
+    assert!(!node.queues.overflowed_since(ip, 0, start));
     // Dropped, but not by a full accept queue.
     node.fake.netstat(20, 5, 6);
-    assert!(!node.queues.overflowed_since(ip, start));
+    assert!(!node.queues.overflowed_since(ip, 0, start));
     node.fake.netstat(20, 6, 7);
-    assert!(node.queues.overflowed_since(ip, start), "read at once");
-    assert!(node.queues.overflowed_since(ip, start), "and remembered");
-    assert!(!node.queues.overflowed_since(ip, Instant::now()));
+    assert!(node.queues.overflowed_since(ip, 0, start), "read at once");
+    assert!(node.queues.overflowed_since(ip, 0, start), "and remembered");
+    assert!(!node.queues.overflowed_since(ip, 0, Instant::now()));
     let other = "10.244.1.8".parse().unwrap();
-    assert!(!node.queues.overflowed_since(other, start));
+    assert!(!node.queues.overflowed_since(other, 0, start));
     // What was read for an answer is counted like any other.
     assert_eq!(node.settle(Instant::now(), Settled::Done), [(7, 1, 2)]);
     assert_eq!(node.lost(), []);
