@@ -199,7 +199,8 @@ impl Pipeline {
         let (cgroup, netns) = (attempt.cgroup.unwrap_or(0), attempt.netns.unwrap_or(0));
         let began = now.checked_sub(attempt.waited).unwrap_or(now);
         let mut is_forgotten = false;
-        if attempt.drop.is_none() {
+        // One socket asks many queries: their drops the programs lay to each by its id.
+        if attempt.drop.is_none() && !(is_own && attempt.kind == Kind::Dns) {
             // The clocks of both ends of this subtraction are read at different moments.
             let began = began.checked_sub(CLOCK_SLACK).unwrap_or(began);
             match self.recent.of(&attempt.flow, began) {

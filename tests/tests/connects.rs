@@ -22,6 +22,7 @@ on_both_families!(
     behind_a_service,
     service_of_its_own,
     elsewhere_behind_a_service,
+    dropped_behind_a_service,
 );
 
 const REASON: &[&str] = &["NETFILTER_DROP"];
@@ -272,12 +273,13 @@ fn ends(family: Family) -> Result<()> {
 }
 
 /// The Service's ports and where each leads: the same as [`port`], at the Service's own.
-const SERVICE: [(u16, &str, u16); 5] = [
+const SERVICE: [(u16, &str, u16); 6] = [
     (80, "TCP", port::OPEN),
     (81, "TCP", port::FORWARD),
     (82, "TCP", port::CLOSED),
     (83, "TCP", port::FORWARD_REJECT),
     (84, "TCP", port::GONE),
+    (85, "TCP", port::INPUT),
 ];
 
 /// DNAT of the Service's ports to the server's, at a host's hook.
@@ -386,6 +388,51 @@ fn elsewhere_behind_a_service(family: Family) -> Result<()> {
                 .hangs(attempt.since, TIMEOUT)
         })
         .collect();
+    unanswered::expect(&scene.lab, scene.agent(), &wanted)?;
+    scene.finish()
+}
+
+/// The node chooses the pod, whose own namespace then drops the SYN: nothing there knows the Service.
+fn dropped_behind_a_service(family: Family) -> Result<()> {
+    let scene = Scene::on_the_node(family, &timeouts(TIMEOUT_ARGUMENT), &SERVICE, |lab| {
+        rules(lab)?;
+        dnat(lab, Host::Router, family, "prerouting")
+    })?;
+    let hanging = ask(&scene, &[85])?;
+    let wanted: Vec<Unanswered> = hanging
+        .iter()
+        .map(|attempt| {
+            Unanswered::connect(attempt.from, port::INPUT)
+                .service("server")
+                .reason(REASON)
+                .packets(SYNS)
+                .hangs(attempt.since, TIMEOUT)
+        })
+        .collect();
+    unanswered::expect(&scene.lab, scene.agent(), &wanted)?;
+    scene.finish()
+}
+
+/// An application that gives up just after the timeout, when nothing else happens: its attempt is told all
+/// the same, and soon.
+#[test]
+fn given_up_just_after_the_timeout() -> Result<()> {
+    let scene = Scene::with_arguments(Family::V4, &timeouts(TIMEOUT_ARGUMENT), rules)?;
+    let mut wanted = Vec::new();
+    // In steps of less than the pause between two looks, so that one of them meets every phase of it.
+    for late in (0..6).map(|step| Duration::from_millis(20 + 40 * step)) {
+        let hanging = open(&scene, &[port::FORWARD], Options::default())?;
+        wanted.extend(
+            hanging
+                .iter()
+                .map(|attempt| Unanswered::connect(attempt.from, port::FORWARD).reason(REASON)),
+        );
+        let since = hanging.iter().map(|attempt| attempt.since).max();
+        let until = since.context("no connect")? + TIMEOUT + late;
+        std::thread::sleep(until.saturating_duration_since(Instant::now()));
+        drop(hanging);
+        unanswered::wait(&scene.lab, scene.agent(), &wanted)?;
+    }
     unanswered::expect(&scene.lab, scene.agent(), &wanted)?;
     scene.finish()
 }
