@@ -391,16 +391,12 @@ impl World {
         mut fail: impl FnMut(Failure<'w>),
     ) -> Match {
         // Of the addresses that two ends have, those of a family that both have.
-        let family = |end: End, v4: bool| self.addresses(end).iter().any(|a| a.is_ipv4() == v4);
-        let usable =
-            |ip: &IpAddr| self.addresses(subject).is_empty() || family(subject, ip.is_ipv4());
-        let given = end.ip.as_slice();
-        let addresses = match given.is_empty() {
-            true => self.addresses(end),
-            false => given,
+        let (addresses, others) = (self.known(&end), self.known(&subject));
+        let usable = |ip: &&IpAddr| {
+            others.is_empty() || others.iter().any(|other| other.is_ipv4() == ip.is_ipv4())
         };
         let (mut some, mut all, mut except) = (false, true, None);
-        for ip in addresses.iter().filter(|ip| usable(ip)) {
+        for ip in addresses.iter().filter(usable) {
             let cut = block.except.iter().find(|net| net.contains(ip));
             let inside = block.cidr.contains(ip);
             except = except.or(cut.filter(|_| inside));
@@ -420,6 +416,14 @@ impl World {
                 Who::Pod(id) if !self.pod(id).host_network => Match::Maybe,
                 _ => Match::Yes,
             },
+        }
+    }
+
+    /// The address that a flow names, else all that the end has.
+    fn known<'a>(&'a self, end: &'a End) -> &'a [IpAddr] {
+        match end.ip.as_slice() {
+            [] => self.addresses(*end),
+            given => given,
         }
     }
 

@@ -65,7 +65,7 @@ fn missing_dns_egress() {
         let finding = found(&deny, &text, "missing-dns-egress");
         let yaml = &finding.fixes[0].yaml;
         assert!(
-            yaml.contains("k8s-app: kube-dns") && !yaml.contains("x"),
+            yaml.contains("k8s-app: kube-dns") && !yaml.contains("pod-template-hash"),
             "{yaml}"
         );
         assert!(yaml.contains("TCP") && yaml.contains("UDP"), "{yaml}");
@@ -273,7 +273,7 @@ fn port_not_allowed() {
         "{}",
         finding.message
     );
-    assert_eq!(finding.fixes[0].admits.peers, 3);
+    assert_eq!(finding.fixes[0].admits.peers, 2);
     assert_eq!(
         found(&more, "shop/web db/pg UDP 5432", "port-not-allowed")
             .fixes

@@ -404,7 +404,7 @@ const FLOWS: usize = 50;
 /// How many flows are compared: `WHYDROP_TEST_FLOWS`.
 fn flows() -> usize {
     let set = std::env::var("WHYDROP_TEST_FLOWS").ok();
-    set.and_then(|n| n.parse().ok()).unwrap_or(20_000)
+    set.and_then(|n| n.parse().ok()).unwrap_or(8_000)
 }
 
 proptest! {
