@@ -24,6 +24,11 @@ pub type PodId = u32;
 /// A node in a [`World`].
 pub type NodeId = u32;
 
+/// Namespace and name.
+type FullName = (Arc<str>, Arc<str>);
+/// The policies that isolate a pod, for ingress and for egress.
+type Isolating = [Box<[u32]>; 2];
+
 /// Everything that decides about a flow.
 #[derive(Clone, Debug)]
 pub struct World {
@@ -32,7 +37,7 @@ pub struct World {
     /// By namespace.
     policies: Vec<Arc<[Arc<NetworkPolicy>]>>,
     /// By pod, found when it is first asked for: ingress and egress as indices into `policies`.
-    isolating: Arc<[OnceLock<[Box<[u32]>; 2]>]>,
+    isolating: Arc<[OnceLock<Isolating>]>,
 }
 
 /// What no fix changes.
@@ -47,9 +52,9 @@ pub(super) struct Inventory {
     namespace_ids: HashMap<Arc<str>, NamespaceId>,
     /// Namespaces that only their pods or policies told of.
     inferred: HashSet<NamespaceId>,
-    services: BTreeMap<(Arc<str>, Arc<str>), Arc<Service>>,
+    services: BTreeMap<FullName, Arc<Service>>,
     service_by_ip: HashMap<IpAddr, Arc<Service>>,
-    endpoints: HashMap<(Arc<str>, Arc<str>), Vec<Arc<Endpoints>>>,
+    endpoints: HashMap<FullName, Vec<Arc<Endpoints>>>,
 }
 
 /// One change of a world.
@@ -292,7 +297,7 @@ impl Inventory {
     }
 }
 
-fn fresh(pods: usize) -> Arc<[OnceLock<[Box<[u32]>; 2]>]> {
+fn fresh(pods: usize) -> Arc<[OnceLock<Isolating>]> {
     (0..pods).map(|_| OnceLock::new()).collect()
 }
 

@@ -257,7 +257,7 @@ fn names_that_a_terminal_would_obey_are_escaped() {
     for output in ["text", "json", "yaml"] {
         let (code, text) = run_on(
             &format!("10.0.0.1 n/b --port 1 -o {output}"),
-            &[path.clone()],
+            std::slice::from_ref(&path),
         );
         assert_eq!(code, Ok(0));
         assert!(!text.contains('\u{1b}'), "{text}");
