@@ -9,6 +9,7 @@
 //! | [`cluster`] | Kubernetes objects | an index: who held this address at that time |
 //! | [`mod@enrich`] | a drop and the index | a named [`event::Event`] |
 //! | [`recent`] | drops of first packets | which attempts they were of |
+//! | [`policy`] | objects and a flow | which NetworkPolicy denies it, and what is missing |
 //! | [`record`] | events | counters of pairs |
 //! | [`senders`] | counts of attempts | counters of workloads |
 //! | [`output`] | counters and events | `/metrics`, the local API, the stream |
@@ -23,6 +24,7 @@ pub mod enrich;
 pub mod event;
 pub mod output;
 pub mod pipeline;
+pub mod policy;
 pub mod recent;
 pub mod record;
 pub mod selection;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use whydrop::cli::config::Command;
-use whydrop::cli::{agent, check, config, sentence, status, tail, telemetry};
+use whydrop::cli::{agent, check, config, explain, sentence, status, tail, telemetry};
 
 fn main() -> ExitCode {
     let cli = match config::parse(std::env::args_os()) {
@@ -18,6 +18,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Agent(args) => agent::run(args),
         Command::Tail(args) => tail::run(args),
+        Command::Explain(args) => explain::run(args),
         Command::Status(args) => status::run(args),
         Command::Check(args) => check::run(args),
     };

@@ -329,7 +329,7 @@ fn yaml(line: &Line) -> anyhow::Result<String> {
 
 /// [`clean`] for a JSON text of one line: the same value, since such characters only stand in its
 /// strings, and all of them are in the Basic Multilingual Plane.
-fn clean_json(json: &str) -> Cow<'_, str> {
+pub(super) fn clean_json(json: &str) -> Cow<'_, str> {
     if !json.contains(is_hostile) {
         return json.into();
     }

@@ -9,12 +9,14 @@
 //! | [`tail`] | the drop stream, with [`mod@format`] for how a line looks |
 //! | [`status`] | what an agent says of itself |
 //! | [`check`] | what this kernel allows |
+//! | [`explain`] | what NetworkPolicies say of a connection |
 //! | [`client`] | the local API as a client sees it |
 
 pub mod agent;
 pub mod check;
 pub mod client;
 pub mod config;
+pub mod explain;
 pub mod format;
 pub mod sources;
 pub mod status;

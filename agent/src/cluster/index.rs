@@ -127,7 +127,7 @@ impl Index {
                     self.forget_endpoints(old);
                 }
             }
-            (_, Object::Owner(..) | Object::Named(_)) => {}
+            (_, Object::Owner(..) | Object::Namespace(_) | Object::NetworkPolicy(..)) => {}
         }
     }
 
@@ -142,7 +142,7 @@ impl Index {
             Object::Service(old) => self.service_changed(Some(old), None, seen),
             Object::Node(old) => self.node(Some(old), None, seen),
             Object::Endpoints(_) => self.forget_endpoints(&old),
-            Object::Owner(..) | Object::Named(_) => {}
+            Object::Owner(..) | Object::Namespace(_) | Object::NetworkPolicy(..) => {}
         }
     }
 

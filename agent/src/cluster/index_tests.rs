@@ -21,6 +21,7 @@ fn pod(name: &str, ips: &[&str], started: Option<Timestamp>) -> Pod {
         started,
         labels: Box::default(),
         ports: Box::default(),
+        port_names: Box::default(),
         controller: None,
         workload: None,
     }

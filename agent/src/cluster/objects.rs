@@ -9,6 +9,7 @@ use jiff::Timestamp;
 
 use super::uid::UidHash;
 use crate::event::{Protocol, Workload};
+use crate::policy::model::NetworkPolicy;
 
 /// The kinds that are used; all others are ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -135,6 +136,8 @@ pub struct Pod {
     pub labels: Labels,
     /// Ports of its containers, restartable init containers among them.
     pub ports: Box<[Port]>,
+    /// What its containers call their ports. One name may stand for several numbers.
+    pub port_names: Box<[(Arc<str>, Port)]>,
     /// Its controlling owner as the reference says it: often a ReplicaSet or a Job.
     pub controller: Option<Workload>,
     /// The top of its owners as far as the pod itself tells.
@@ -167,12 +170,16 @@ pub struct Service {
 }
 
 /// One port of a Service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
+    /// Its name, by which endpoints refer to it; empty where it has none.
+    pub name: Arc<str>,
     /// What the sender asks for.
     pub port: Port,
     /// The port of the pods; `None` where it is a name, which is then a container's port anyway.
     pub target_port: Option<u16>,
+    /// That name.
+    pub target_name: Option<Arc<str>>,
     /// The port on every node.
     pub node_port: Option<u16>,
 }
@@ -213,6 +220,10 @@ impl ServicePort {
 pub struct Endpoints {
     /// Its name.
     pub key: Key,
+    /// The Service that it belongs to, in its namespace.
+    pub service: Option<Arc<str>>,
+    /// What its ports are called; empty for one without a name.
+    pub port_names: Box<[(Arc<str>, Port)]>,
     /// Each address, ready or not, with each of its ports.
     pub targets: Box<[(IpAddr, Port)]>,
 }
@@ -230,7 +241,16 @@ pub struct Node {
     pub pod_ranges: Box<[IpNet]>,
 }
 
-/// One object. The last three kinds are kept by name only.
+/// A namespace.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Namespace {
+    /// Its name.
+    pub key: Key,
+    /// Sorted by key.
+    pub labels: Labels,
+}
+
+/// One object. Owners are kept by name only.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
     /// A pod.
@@ -243,8 +263,10 @@ pub enum Object {
     Node(Arc<Node>),
     /// A ReplicaSet or a Job, and what controls it.
     Owner(Key, Option<Workload>),
-    /// A Namespace or a NetworkPolicy.
-    Named(Key),
+    /// A namespace.
+    Namespace(Arc<Namespace>),
+    /// A NetworkPolicy.
+    NetworkPolicy(Key, Arc<NetworkPolicy>),
 }
 
 impl Object {
@@ -255,7 +277,8 @@ impl Object {
             Self::Service(o) => &o.key,
             Self::Endpoints(o) => &o.key,
             Self::Node(o) => &o.key,
-            Self::Owner(key, _) | Self::Named(key) => key,
+            Self::Namespace(o) => &o.key,
+            Self::Owner(key, _) | Self::NetworkPolicy(key, _) => key,
         }
     }
 }

@@ -15,12 +15,13 @@ use serde_json::Value;
 
 use self::network::{RawEndpointSlice, RawEndpoints, RawNode, RawService};
 use self::pod::RawPod;
-use super::objects::{Endpoints, Interner, Key, Labels, Object, ObjectKind, Port};
+use super::objects::{Endpoints, Interner, Key, Labels, Namespace, Object, ObjectKind};
 use super::uid::{self, UidHash};
 use crate::event::Workload;
 
 mod network;
 mod pod;
+mod policy;
 
 /// An object that cannot be used, as far as it can be named.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,8 +47,9 @@ pub struct Parsed {
 enum Fields {
     Pod(Box<RawPod>),
     Service(Box<RawService>),
-    Endpoints(Box<Metadata>, Vec<(IpAddr, Port)>),
+    Endpoints(Box<Metadata>, network::Targets),
     Node(Box<RawNode>, Vec<IpAddr>),
+    Policy(Box<policy::Policy>),
     Meta(Box<Manifest<Nothing, Nothing>>),
 }
 
@@ -91,10 +93,10 @@ pub fn parse(value: &Value, list: Option<(&str, &str)>) -> Result<Option<Parsed>
         ObjectKind::EndpointSlice => read(value).and_then(RawEndpointSlice::targets),
         ObjectKind::Endpoints => read(value).map(RawEndpoints::targets),
         ObjectKind::Node => read(value).and_then(RawNode::addresses),
-        ObjectKind::Namespace
-        | ObjectKind::ReplicaSet
-        | ObjectKind::Job
-        | ObjectKind::NetworkPolicy => read(value).map(|raw| Fields::Meta(Box::new(raw))),
+        ObjectKind::NetworkPolicy => policy::read(value),
+        ObjectKind::Namespace | ObjectKind::ReplicaSet | ObjectKind::Job => {
+            read(value).map(|raw| Fields::Meta(Box::new(raw)))
+        }
     }
     .map_err(malformed)?;
     let parsed = Parsed { kind, fields };
@@ -116,6 +118,7 @@ impl Parsed {
             Fields::Service(raw) => &raw.metadata,
             Fields::Endpoints(metadata, _) => metadata,
             Fields::Node(raw, _) => &raw.metadata,
+            Fields::Policy(raw) => &raw.metadata,
             Fields::Meta(raw) => &raw.metadata,
         }
     }
@@ -137,17 +140,26 @@ impl Parsed {
         match self.fields {
             Fields::Pod(raw) => Object::Pod(Arc::new(raw.strip(key, strings))),
             Fields::Service(raw) => Object::Service(Arc::new(raw.strip(key, strings))),
-            Fields::Endpoints(_, targets) => Object::Endpoints(Arc::new(Endpoints {
+            Fields::Endpoints(metadata, targets) => Object::Endpoints(Arc::new(Endpoints {
+                service: metadata.service(&key, strings),
                 key,
-                targets: targets.into(),
+                port_names: targets.names(strings),
+                targets: targets.pairs.into(),
             })),
             Fields::Node(raw, ips) => Object::Node(Arc::new(raw.strip(key, ips))),
             Fields::Meta(raw) => match self.kind {
                 ObjectKind::ReplicaSet | ObjectKind::Job => {
                     Object::Owner(key, raw.metadata.controller(strings))
                 }
-                _ => Object::Named(key),
+                _ => Object::Namespace(Arc::new(Namespace {
+                    key,
+                    labels: shared(raw.metadata.labels, strings),
+                })),
             },
+            Fields::Policy(raw) => {
+                let policy = raw.strip(&key, strings);
+                Object::NetworkPolicy(key, Arc::new(policy))
+            }
         }
     }
 }
@@ -196,6 +208,15 @@ impl Metadata {
     fn static_uid(&self) -> Option<UidHash> {
         let hash = self.annotations.as_ref()?.config_hash.as_deref()?;
         uid::is_config_hash(hash).then(|| UidHash::of(hash))
+    }
+
+    /// The Service of endpoints: a slice names it in a label, an Endpoints object is called as it.
+    fn service(&self, key: &Key, strings: &mut Interner) -> Option<Arc<str>> {
+        if key.kind == ObjectKind::Endpoints {
+            return Some(key.name.clone());
+        }
+        let name = self.labels.as_ref()?.get("kubernetes.io/service-name")?;
+        Some(strings.get(name))
     }
 
     /// The owner that controls the object; of a single one that does not say, that one.

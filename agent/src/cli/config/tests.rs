@@ -132,6 +132,9 @@ fn every_flag_has_its_variable() {
     let command = Cli::command();
     for command in std::iter::once(&command).chain(command.get_subcommands()) {
         for arg in command.get_arguments() {
+            if arg.is_positional() {
+                continue;
+            }
             let name = arg.get_long().unwrap();
             // Means nothing without the flag behind it.
             if name == "not" {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::Deserialize;
@@ -26,6 +27,7 @@ pub(super) struct ServiceSpec {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawServicePort {
+    name: Option<String>,
     port: u16,
     protocol: Option<Protocol>,
     target_port: Option<TargetPort>,
@@ -36,7 +38,6 @@ struct RawServicePort {
 #[serde(untagged, expecting = "expected a port number or a port's name")]
 enum TargetPort {
     Number(u16),
-    #[allow(dead_code, reason = "a name is a container's port already")]
     Name(String),
 }
 
@@ -77,6 +78,11 @@ impl RawService {
             let ports = spec.ports.unwrap_or_default().into_iter();
             service.ports = ports
                 .map(|p| ServicePort {
+                    name: strings.get(p.name.as_deref().unwrap_or("")),
+                    target_name: match &p.target_port {
+                        Some(TargetPort::Name(name)) => Some(strings.get(name)),
+                        _ => None,
+                    },
                     port: Port {
                         protocol: p.protocol.unwrap_or(Protocol::TCP),
                         port: p.port,
@@ -112,6 +118,7 @@ struct RawEndpoint {
 
 #[derive(Debug, Deserialize)]
 struct EndpointPort {
+    name: Option<String>,
     /// Absent: all ports.
     port: Option<u16>,
     protocol: Option<Protocol>,
@@ -131,20 +138,39 @@ struct Subset {
     ports: Option<Vec<EndpointPort>>,
 }
 
-fn targets(
-    ips: impl IntoIterator<Item = IpAddr>,
-    ports: Option<Vec<EndpointPort>>,
-) -> Vec<(IpAddr, Port)> {
-    let ports = ports.unwrap_or_default();
-    let mut targets = Vec::new();
-    for ip in ips {
-        targets.extend(ports.iter().filter_map(|p| {
+/// What endpoints list.
+#[derive(Debug, Default)]
+pub(super) struct Targets {
+    pub(super) pairs: Vec<(IpAddr, Port)>,
+    names: Vec<(String, Port)>,
+}
+
+impl Targets {
+    fn add(&mut self, ips: impl IntoIterator<Item = IpAddr>, ports: Option<Vec<EndpointPort>>) {
+        let ports = ports.unwrap_or_default().into_iter();
+        let ports = ports.filter_map(|p| {
             let protocol = p.protocol.unwrap_or(Protocol::TCP);
             let port = p.port?;
-            Some((ip.to_canonical(), Port { protocol, port }))
-        }));
+            Some((p.name.unwrap_or_default(), Port { protocol, port }))
+        });
+        let ports: Vec<(String, Port)> = ports.collect();
+        for ip in ips {
+            let pairs = ports.iter().map(|(_, port)| (ip.to_canonical(), *port));
+            self.pairs.extend(pairs);
+        }
+        for port in ports {
+            if !self.names.contains(&port) {
+                self.names.push(port);
+            }
+        }
     }
-    targets
+
+    pub(super) fn names(&self, strings: &mut Interner) -> Box<[(Arc<str>, Port)]> {
+        let names = self.names.iter();
+        names
+            .map(|(name, port)| (strings.get(name), *port))
+            .collect()
+    }
 }
 
 impl RawEndpointSlice {
@@ -158,19 +184,23 @@ impl RawEndpointSlice {
                 }
             }
         }
-        let targets = targets(ips, self.ports);
+        let mut targets = Targets::default();
+        targets.add(ips, self.ports);
         Ok(Fields::Endpoints(Box::new(self.metadata), targets))
     }
 }
 
 impl RawEndpoints {
     pub(super) fn targets(self) -> Fields {
-        let subsets = self.subsets.into_iter().flatten();
-        let targets = subsets.flat_map(|s| {
-            let ips = s.addresses.into_iter().chain(s.not_ready_addresses);
-            targets(ips.flatten().map(|a| a.ip), s.ports)
-        });
-        Fields::Endpoints(Box::new(self.metadata), targets.collect())
+        let mut targets = Targets::default();
+        for subset in self.subsets.into_iter().flatten() {
+            let ips = subset
+                .addresses
+                .into_iter()
+                .chain(subset.not_ready_addresses);
+            targets.add(ips.flatten().map(|a| a.ip), subset.ports);
+        }
+        Fields::Endpoints(Box::new(self.metadata), targets)
     }
 }
 

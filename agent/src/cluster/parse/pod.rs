@@ -29,6 +29,7 @@ struct Container {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct ContainerPort {
+    name: Option<String>,
     container_port: u16,
     protocol: Option<Protocol>,
 }
@@ -59,10 +60,16 @@ impl RawPod {
         let containers = spec.containers.into_iter().flatten();
         let containers = containers.chain(spec.init_containers.into_iter().flatten());
         let ports = containers.flat_map(|c| c.ports.unwrap_or_default());
+        let mut port_names = Vec::new();
         let mut ports: Vec<Port> = ports
-            .map(|p| Port {
-                protocol: p.protocol.unwrap_or(Protocol::TCP),
-                port: p.container_port,
+            .map(|p| {
+                let port = Port {
+                    protocol: p.protocol.unwrap_or(Protocol::TCP),
+                    port: p.container_port,
+                };
+                let name = p.name.filter(|name| !name.is_empty());
+                port_names.extend(name.map(|name| (strings.get(&name), port)));
+                port
             })
             .collect();
         ports.sort_unstable();
@@ -86,6 +93,7 @@ impl RawPod {
             started,
             labels: shared(self.metadata.labels, strings),
             ports: ports.into(),
+            port_names: port_names.into(),
             controller,
             workload,
         }

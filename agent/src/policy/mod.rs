@@ -1,0 +1,29 @@
+//! Why NetworkPolicies allow or deny a flow. No I/O.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`selector`] | label selectors, compiled |
+//! | [`model`] | a NetworkPolicy with its defaults set |
+//! | [`world`] | all objects that decide, by what they are looked up by |
+//! | [`evaluate`] | the verdict of each side of a flow |
+//! | [`failure`] | the predicates of a rule that can fail |
+//! | [`findings`] | what is missing, in real names |
+//! | [`near`] | the findings of rules that almost matched |
+//! | [`fix`] | changes that mend it, proven, and what else they admit |
+//! | [`manifest`] | a policy or namespace as YAML |
+//! | [`dns`], [`cni`] | what is known of the cluster's DNS, and of who enforces |
+
+pub mod cni;
+pub mod dns;
+pub mod evaluate;
+pub mod failure;
+pub mod findings;
+pub mod fix;
+pub mod manifest;
+pub mod model;
+pub mod near;
+pub mod selector;
+pub mod world;
+
+#[cfg(test)]
+pub(crate) mod testing;

@@ -1,0 +1,314 @@
+//! The objects that decide about a flow, with the look-ups that evaluating many flows needs.
+//!
+//! What a fix may change (policies, labels of namespaces) is kept apart from what it cannot (pods,
+//! nodes, Services), so that a changed world costs little: a fix is proven in one.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
+
+use ipnet::IpNet;
+
+use super::model::{Direction, NetworkPolicy};
+use crate::cluster::objects::{
+    Endpoints, Key, Labels, Namespace, Node, Object, ObjectKind, Pod, Service,
+};
+
+/// The label that the API server gives every namespace since Kubernetes 1.21.
+pub const NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// A namespace in a [`World`].
+pub type NamespaceId = u32;
+/// A pod in a [`World`].
+pub type PodId = u32;
+/// A node in a [`World`].
+pub type NodeId = u32;
+
+/// Namespace and name.
+type FullName = (Arc<str>, Arc<str>);
+/// The policies that isolate a pod, for ingress and for egress.
+type Isolating = [Box<[u32]>; 2];
+
+/// Everything that decides about a flow.
+#[derive(Clone, Debug)]
+pub struct World {
+    pub(super) inventory: Arc<Inventory>,
+    pub(super) namespaces: Vec<Arc<Namespace>>,
+    /// By namespace.
+    policies: Vec<Arc<[Arc<NetworkPolicy>]>>,
+    /// By pod, found when it is first asked for: ingress and egress as indices into `policies`.
+    isolating: Arc<[OnceLock<Isolating>]>,
+}
+
+/// What no fix changes.
+#[derive(Debug, Default)]
+pub(super) struct Inventory {
+    pub(super) pods: Vec<Arc<Pod>>,
+    pod_namespaces: Vec<NamespaceId>,
+    pub(super) nodes: Vec<Arc<Node>>,
+    by_name: HashMap<Arc<str>, HashMap<Arc<str>, PodId>>,
+    by_ip: HashMap<IpAddr, Vec<PodId>>,
+    node_by_ip: HashMap<IpAddr, NodeId>,
+    namespace_ids: HashMap<Arc<str>, NamespaceId>,
+    /// Namespaces that only their pods or policies told of.
+    inferred: HashSet<NamespaceId>,
+    services: BTreeMap<FullName, Arc<Service>>,
+    service_by_ip: HashMap<IpAddr, Arc<Service>>,
+    endpoints: HashMap<FullName, Vec<Arc<Endpoints>>>,
+}
+
+/// One change of a world.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// The policy is as this, or new.
+    Policy(Arc<NetworkPolicy>),
+    /// The namespace has these labels.
+    Namespace(Arc<Namespace>),
+}
+
+impl World {
+    /// Takes the objects that matter.
+    pub fn new<'a>(objects: impl IntoIterator<Item = &'a Object>) -> Self {
+        let mut inventory = Inventory::default();
+        let mut namespaces: Vec<Arc<Namespace>> = Vec::new();
+        let mut policies: Vec<Arc<NetworkPolicy>> = Vec::new();
+        for object in objects {
+            match object {
+                Object::Pod(pod) => inventory.pods.push(pod.clone()),
+                Object::Node(node) => inventory.nodes.push(node.clone()),
+                Object::Service(service) => {
+                    for ip in service.ips() {
+                        inventory.service_by_ip.insert(ip, service.clone());
+                    }
+                    let key = (service.key.namespace.clone(), service.key.name.clone());
+                    inventory.services.insert(key, service.clone());
+                }
+                Object::Endpoints(endpoints) => {
+                    if let Some(service) = &endpoints.service {
+                        let key = (endpoints.key.namespace.clone(), service.clone());
+                        let of_service = inventory.endpoints.entry(key).or_default();
+                        of_service.push(endpoints.clone());
+                    }
+                }
+                Object::Namespace(namespace) => {
+                    let id = namespaces.len() as NamespaceId;
+                    let name = namespace.key.name.clone();
+                    if inventory.namespace_ids.insert(name, id).is_none() {
+                        namespaces.push(with_name_label(namespace));
+                    }
+                }
+                Object::NetworkPolicy(_, policy) => policies.push(policy.clone()),
+                Object::Owner(..) => {}
+            }
+        }
+        let named = inventory.pods.iter().map(|pod| &pod.key.namespace);
+        let named = named.chain(policies.iter().map(|policy| &policy.namespace));
+        for name in named {
+            if !inventory.namespace_ids.contains_key(name) {
+                let id = namespaces.len() as NamespaceId;
+                inventory.namespace_ids.insert(name.clone(), id);
+                inventory.inferred.insert(id);
+                namespaces.push(with_name_label(&Namespace {
+                    key: Key {
+                        kind: ObjectKind::Namespace,
+                        namespace: "".into(),
+                        name: name.clone(),
+                    },
+                    labels: Labels::default(),
+                }));
+            }
+        }
+        inventory.fill();
+        let mut by_namespace: Vec<Vec<Arc<NetworkPolicy>>> = vec![Vec::new(); namespaces.len()];
+        for policy in policies {
+            if let Some(id) = inventory.namespace_ids.get(&policy.namespace) {
+                by_namespace[*id as usize].push(policy);
+            }
+        }
+        Self {
+            isolating: fresh(inventory.pods.len()),
+            inventory: Arc::new(inventory),
+            namespaces,
+            policies: by_namespace.into_iter().map(Arc::from).collect(),
+        }
+    }
+
+    /// The world after a change.
+    pub fn with(&self, change: &Change) -> Self {
+        let mut world = self.clone();
+        match change {
+            Change::Namespace(namespace) => {
+                if let Some(id) = self.inventory.namespace_ids.get(&namespace.key.name) {
+                    world.namespaces[*id as usize] = with_name_label(namespace);
+                }
+            }
+            Change::Policy(policy) => {
+                let Some(id) = self.inventory.namespace_ids.get(&policy.namespace) else {
+                    return world;
+                };
+                let mut policies = self.policies[*id as usize].to_vec();
+                match policies.iter_mut().find(|p| p.name == policy.name) {
+                    Some(old) => *old = policy.clone(),
+                    None => policies.push(policy.clone()),
+                }
+                world.policies[*id as usize] = policies.into();
+                world.isolating = fresh(self.inventory.pods.len());
+            }
+        }
+        world
+    }
+
+    /// All pods, ended ones too.
+    pub fn pods(&self) -> impl Iterator<Item = (PodId, &Arc<Pod>)> {
+        (0..).zip(&self.inventory.pods)
+    }
+
+    /// A pod.
+    pub fn pod(&self, id: PodId) -> &Arc<Pod> {
+        &self.inventory.pods[id as usize]
+    }
+
+    /// A node.
+    pub fn node(&self, id: NodeId) -> &Arc<Node> {
+        &self.inventory.nodes[id as usize]
+    }
+
+    /// The pod of a name.
+    pub fn pod_named(&self, namespace: &str, name: &str) -> Option<PodId> {
+        self.inventory.by_name.get(namespace)?.get(name).copied()
+    }
+
+    /// The pods of the pod network that have an address; the one that started last comes first.
+    pub fn pods_at(&self, ip: IpAddr) -> &[PodId] {
+        let found = self.inventory.by_ip.get(&ip.to_canonical());
+        found.map_or(&[], |ids| ids)
+    }
+
+    /// The node that has an address.
+    pub fn node_at(&self, ip: IpAddr) -> Option<NodeId> {
+        self.inventory.node_by_ip.get(&ip.to_canonical()).copied()
+    }
+
+    /// The Service that has an address.
+    pub fn service_at(&self, ip: IpAddr) -> Option<&Arc<Service>> {
+        self.inventory.service_by_ip.get(&ip.to_canonical())
+    }
+
+    /// The Service of a name.
+    pub fn service(&self, namespace: &str, name: &str) -> Option<&Arc<Service>> {
+        let key = (namespace.into(), name.into());
+        self.inventory.services.get(&key)
+    }
+
+    /// The Services of a namespace.
+    pub fn services_of(&self, namespace: &Arc<str>) -> impl Iterator<Item = &Arc<Service>> {
+        let first = (namespace.clone(), Arc::from(""));
+        let services = self.inventory.services.range(first..);
+        let own = services.take_while(move |((of, _), _)| of == namespace);
+        own.map(|(_, service)| service)
+    }
+
+    /// What lists the endpoints of a Service.
+    pub fn endpoints(&self, service: &Service) -> &[Arc<Endpoints>] {
+        let key = (service.key.namespace.clone(), service.key.name.clone());
+        let found = self.inventory.endpoints.get(&key);
+        found.map_or(&[], |endpoints| endpoints)
+    }
+
+    /// The nodes' pod ranges.
+    pub fn pod_ranges(&self) -> impl Iterator<Item = &IpNet> {
+        self.inventory
+            .nodes
+            .iter()
+            .flat_map(|node| &node.pod_ranges)
+    }
+
+    /// The namespace of a pod.
+    pub fn namespace_of(&self, pod: PodId) -> &Arc<Namespace> {
+        &self.namespaces[self.inventory.pod_namespaces[pod as usize] as usize]
+    }
+
+    /// Whether the objects hold the namespace itself: else only its name is known of its labels.
+    pub fn is_inferred(&self, namespace: &str) -> bool {
+        let id = self.inventory.namespace_ids.get(namespace);
+        id.is_none_or(|id| self.inventory.inferred.contains(id))
+    }
+
+    /// All policies.
+    pub fn policies(&self) -> impl Iterator<Item = &Arc<NetworkPolicy>> {
+        self.policies.iter().flat_map(|policies| policies.iter())
+    }
+
+    /// The policies of a namespace.
+    pub fn policies_of(&self, namespace: &str) -> &[Arc<NetworkPolicy>] {
+        let id = self.inventory.namespace_ids.get(namespace);
+        id.map_or(&[], |id| &self.policies[*id as usize])
+    }
+
+    /// The policies that isolate a pod.
+    pub fn isolating(
+        &self,
+        pod: PodId,
+        direction: Direction,
+    ) -> impl Iterator<Item = &Arc<NetworkPolicy>> + Clone {
+        let namespace = self.inventory.pod_namespaces[pod as usize];
+        let policies = &self.policies[namespace as usize];
+        let of_pod = self.isolating[pod as usize].get_or_init(|| {
+            let labels = &self.pod(pod).labels;
+            let selecting = (0..)
+                .zip(policies.iter())
+                .filter(|(_, policy)| policy.pod_selector.matches(labels));
+            let selecting: Vec<(u32, &Arc<NetworkPolicy>)> = selecting.collect();
+            [Direction::Ingress, Direction::Egress].map(|direction| {
+                let isolating = selecting.iter();
+                let isolating = isolating.filter(|(_, policy)| policy.side(direction).isolates);
+                isolating.map(|(i, _)| *i).collect()
+            })
+        });
+        let indices = match direction {
+            Direction::Ingress => &of_pod[0],
+            Direction::Egress => &of_pod[1],
+        };
+        indices.iter().map(|i| &policies[*i as usize])
+    }
+}
+
+impl Inventory {
+    /// The look-ups, once all objects are there.
+    fn fill(&mut self) {
+        for (id, pod) in (0..).zip(&self.pods) {
+            let namespace = self.namespace_ids.get(&pod.key.namespace).copied();
+            self.pod_namespaces.push(namespace.unwrap_or_default());
+            let names = self.by_name.entry(pod.key.namespace.clone()).or_default();
+            names.insert(pod.key.name.clone(), id);
+            // A host-network pod's addresses are its node's.
+            if !pod.ended && !pod.host_network {
+                for ip in &pod.ips {
+                    self.by_ip.entry(*ip).or_default().push(id);
+                }
+            }
+        }
+        for ids in self.by_ip.values_mut() {
+            ids.sort_by_key(|id| std::cmp::Reverse(self.pods[*id as usize].started));
+        }
+        for (id, node) in (0..).zip(&self.nodes) {
+            self.node_by_ip.extend(node.ips.iter().map(|ip| (*ip, id)));
+        }
+    }
+}
+
+fn fresh(pods: usize) -> Arc<[OnceLock<Isolating>]> {
+    (0..pods).map(|_| OnceLock::new()).collect()
+}
+
+fn with_name_label(namespace: &Namespace) -> Arc<Namespace> {
+    let mut labels = namespace.labels.to_vec();
+    let found = labels.binary_search_by(|(key, _)| (**key).cmp(NAME_LABEL));
+    if let Err(at) = found {
+        labels.insert(at, (NAME_LABEL.into(), namespace.key.name.clone()));
+    }
+    Arc::new(Namespace {
+        key: namespace.key.clone(),
+        labels: labels.into(),
+    })
+}
