@@ -3,6 +3,7 @@
 //! What a fix may change (policies, labels of namespaces) is kept apart from what it cannot (pods,
 //! nodes, Services), so that a changed world costs little: a fix is proven in one.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
@@ -93,7 +94,8 @@ impl World {
                 Object::Namespace(namespace) => {
                     let id = namespaces.len() as NamespaceId;
                     let name = namespace.key.name.clone();
-                    if inventory.namespace_ids.insert(name, id).is_none() {
+                    if let Entry::Vacant(new) = inventory.namespace_ids.entry(name) {
+                        new.insert(id);
                         namespaces.push(with_name_label(namespace));
                     }
                 }
