@@ -12,8 +12,8 @@ use crate::cli::sentence;
 use crate::source::accept_queues;
 use crate::source::cgroups::{self, Cgroups};
 use crate::source::hooks::{self, Attach, DROPS, SourceStatus};
-use crate::source::{load, lockdown};
 use crate::source::symbols::Locator;
+use crate::source::{load, lockdown};
 
 /// Maps large enough for every program to load; nothing is counted for longer than the check takes.
 const OPTIONS: load::Options = load::Options {

@@ -15,8 +15,8 @@ use whydrop_ebpf::{Control, OverflowCount, OverflowKey, PerCpu, REASONS};
 use super::btf::{self, KernelTypes};
 use super::budget::Budget;
 use super::hooks::{self, DROPS};
-use super::lockdown;
 pub use super::hooks::{Attach, SourceStatus};
+use super::lockdown;
 use super::sys::Plain;
 use crate::decode::classify;
 

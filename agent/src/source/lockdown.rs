@@ -41,7 +41,10 @@ mod tests {
             chosen("none integrity [confidentiality]\n").as_deref(),
             Some("confidentiality")
         );
-        assert_eq!(chosen("[none] integrity confidentiality\n").as_deref(), Some("none"));
+        assert_eq!(
+            chosen("[none] integrity confidentiality\n").as_deref(),
+            Some("none")
+        );
         assert_eq!(chosen(""), None);
     }
 }
