@@ -19,6 +19,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::lab::{Host, Lab};
 
@@ -30,7 +31,8 @@ pub const AAAA: u16 = 28;
 pub const NOERROR: u8 = 0;
 /// More than any message here.
 pub(crate) const BUFFER_BYTES: usize = 4_096;
-
+/// Thousands of queries, and some of the longest datagrams.
+const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
 /// RFC 1035, section 4.1.1.
 const HEADER_BYTES: usize = 12;
 /// How often a server sees whether to stop.
@@ -57,6 +59,9 @@ impl Server {
             })
             .with_context(|| format!("serve DNS at {at}"))?;
         udp.set_read_timeout(Some(LOOK))?;
+        // On a machine with other work it may not run for a while: what waits then must not be dropped.
+        setsockopt(&udp, sockopt::RcvBufForce, &RECEIVE_BUFFER_BYTES)
+            .context("set SO_RCVBUFFORCE")?;
         tcp.set_nonblocking(true)?;
         let stop = Arc::new(AtomicBool::new(false));
         let heard = Arc::new(AtomicU64::new(0));
