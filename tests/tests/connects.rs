@@ -420,7 +420,7 @@ fn given_up_just_after_the_timeout() -> Result<()> {
     let scene = Scene::with_arguments(Family::V4, &timeouts(TIMEOUT_ARGUMENT), rules)?;
     let mut wanted = Vec::new();
     // In steps of less than the pause between two looks, so that one of them meets every phase of it.
-    for late in (0..6).map(|step| Duration::from_millis(20 + 40 * step)) {
+    for late in (0..6).map(|step| Duration::from_millis(60 + 40 * step)) {
         let hanging = open(&scene, &[port::FORWARD], Options::default())?;
         wanted.extend(
             hanging
