@@ -1,12 +1,12 @@
 //! What the pipeline writes and the servers read.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use whydrop_ebpf::attempt::AttemptCpu;
 
-use crate::cluster::Index;
+use crate::cluster::{Index, ObjectKind};
 use crate::event::Outcome;
 use crate::output::stream::Stream;
 use crate::record::listen::ListenDrops;
@@ -125,6 +125,8 @@ pub struct MapStatus {
 pub struct Errors {
     /// Objects and files that could not be used.
     pub objects: Arc<AtomicU64>,
+    /// Lists and watches of the API server that failed, by kind.
+    pub watch: [AtomicU64; ObjectKind::COUNT],
     /// Events that could not be read.
     pub decode: AtomicU64,
     /// Generations whose counts could not be fetched whole.
@@ -312,6 +314,11 @@ impl State {
     /// The index, to read.
     pub fn index(&self) -> RwLockReadGuard<'_, Index> {
         self.index.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The index, to change by one short step.
+    pub fn index_mut(&self) -> RwLockWriteGuard<'_, Index> {
+        self.index.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Fetches what the kernel has counted so far, and waits until it is published, or for as long as a

@@ -5,6 +5,7 @@
 //! attempts thread ──unanswered──────┤
 //! ring buffer ──────events─────────┴─► pipeline task ─► State ◄── HTTP servers (one task each)
 //! objects thread ──changes (bounded)──────────────────► index
+//! cluster thread ──one change after another───────────► index
 //! conntrack thread ──forwarded attempts (bounded)──────► pipeline task
 //! accept-queues thread ──counters of namespaces───────► State
 //! ```
@@ -20,7 +21,7 @@ use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-use crate::cli::config::{AgentArgs, AutoOff, Labels, OnOff};
+use crate::cli::config::{AgentArgs, AutoOff, Cluster, Labels, OnOff};
 use crate::cli::sources::{self, Forwarded};
 use crate::cluster::files::{self, Files};
 use crate::decode::classify::is_always_benign;
@@ -86,15 +87,19 @@ async fn serve(args: AgentArgs) -> Result<()> {
     let record = Record::new(detail, max_series, args.series_ttl);
     let senders = Senders::new(detail, max_series, args.series_ttl);
     let state = Arc::new(State::new(args.node_name()?.into(), record, senders));
+    anyhow::ensure!(
+        args.cluster != Cluster::Kube || args.objects.is_empty(),
+        "--objects stands for a cluster: give it with --cluster none or auto, or not with --cluster kube"
+    );
     let (stop, stopped) = watch::channel(false);
 
     // What another agent may hold comes first, so that a second one is refused whole.
     let socket = LocalSocket::bind(&args.socket)?;
     let listener = http::listen(args.listen).await?;
     let (objects, _) = Files::open(&args.objects, state.errors.objects.clone())?;
-    write_index(&state, |index| {
-        index.load(objects.objects().cloned(), Timestamp::now())
-    });
+    state
+        .index_mut()
+        .load(objects.objects().cloned(), Timestamp::now());
 
     let log = tracing::enabled!(target: "whydrop_programs", tracing::Level::DEBUG);
     let options = load::Options {
@@ -128,7 +133,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
             let apply = |changes: Vec<_>| {
                 let now = Timestamp::now();
                 for change in changes {
-                    write_index(&state, |index| index.apply(change, now));
+                    state.index_mut().apply(change, now);
                 }
             };
             let stopped = async move { drop(stopped.wait_for(|stop| *stop).await) };
@@ -137,6 +142,8 @@ async fn serve(args: AgentArgs) -> Result<()> {
             }
         }
     });
+    // Last: what is observed meanwhile waits for no API server.
+    sources::watch_cluster(&state, args.cluster, !args.objects.is_empty(), &stopped)?;
     let mut observing = tokio::spawn(observer.run());
     let (node, listen, socket) = (&state.node, args.listen, args.socket.display());
     match state.ready() {
@@ -174,14 +181,6 @@ async fn serve(args: AgentArgs) -> Result<()> {
     // It looks five times a second whether it is to end; what it owns is then dropped, so detached.
     drop(hooks.join());
     Ok(())
-}
-
-fn write_index<T>(state: &State, change: impl FnOnce(&mut crate::cluster::Index) -> T) -> T {
-    let mut index = state
-        .index
-        .write()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    change(&mut index)
 }
 
 /// The pipeline with its two inputs.

@@ -83,14 +83,21 @@ pub struct AgentArgs {
     )]
     pub node_name: Option<String>,
 
-    /// Where names come from: `auto` or `none` (only --objects)
-    #[arg(long, value_name = "auto|none", default_value = "auto", value_parser = cluster,
-          env = "WHYDROP_CLUSTER", help_heading = "Names")]
+    /// Whether names come from the API server: `kube` (by $KUBECONFIG, ~/.kube/config or a pod's
+    /// ServiceAccount; tried until it works), `none`, or `auto`: `kube` where one of them is there
+    /// and no --objects is given
+    #[arg(
+        long,
+        value_name = "auto|kube|none",
+        default_value = "auto",
+        env = "WHYDROP_CLUSTER",
+        help_heading = "Names"
+    )]
     pub cluster: Cluster,
 
     /// File or folder of Kubernetes objects, YAML or JSON, as `kubectl get
-    /// pods,svc,endpointslices,ns,nodes -A -o yaml` prints them; may be repeated; read again when
-    /// it changes
+    /// pods,svc,endpointslices,ns,nodes -A -o yaml` prints them, in place of a cluster; may be
+    /// repeated; read again when it changes
     #[arg(
         long,
         value_name = "PATH",
@@ -232,21 +239,14 @@ fn timeout(s: &str) -> Result<Duration, String> {
 }
 
 /// Where names come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Cluster {
-    /// A cluster if there is one.
+    /// A cluster if there is one and no files stand for it.
     Auto,
+    /// The API server.
+    Kube,
     /// No cluster.
     None,
-}
-
-fn cluster(s: &str) -> Result<Cluster, &'static str> {
-    match s {
-        "auto" => Ok(Cluster::Auto),
-        "none" => Ok(Cluster::None),
-        "kube" => Err("this build has no client of the API server; give it --objects instead"),
-        _ => Err("expected auto or none"),
-    }
 }
 
 fn listen(s: &str) -> Result<SocketAddr, &'static str> {

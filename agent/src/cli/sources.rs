@@ -8,9 +8,11 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 use aya::maps::{MapData, RingBuf};
 use jiff::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use whydrop_ebpf::attempt::Died;
 
+use crate::cli::config::Cluster;
+use crate::cluster::watch as kube_watch;
 use crate::decode::Flow;
 use crate::decode::attempt::Attempt;
 use crate::enrich;
@@ -64,6 +66,43 @@ pub fn watch_accept_queues(state: Arc<State>) -> Result<std::sync::mpsc::Sender<
         })
         .context("cannot start reading the accept queues")?;
     Ok(running)
+}
+
+/// Follows the cluster on a thread of its own, so that neither a long list nor TLS holds up the
+/// pipeline. It ends when the agent stops.
+pub fn watch_cluster(
+    state: &Arc<State>,
+    cluster: Cluster,
+    has_objects: bool,
+    stopped: &watch::Receiver<bool>,
+) -> Result<()> {
+    match cluster {
+        Cluster::None => return Ok(()),
+        Cluster::Auto if has_objects => {
+            tracing::debug!("--objects stand for a cluster");
+            return Ok(());
+        }
+        Cluster::Auto | Cluster::Kube => {}
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the cluster's runtime")?;
+    let (state, mut stopped) = (state.clone(), stopped.clone());
+    let follow = async move {
+        if cluster == Cluster::Auto && !kube_watch::is_configured().await {
+            tracing::info!("no kubeconfig and no ServiceAccount: without a cluster");
+            return;
+        }
+        let stopped = async { drop(stopped.wait_for(|stop| *stop).await) };
+        let times = kube_watch::Times::default();
+        kube_watch::run(state, times, kube_watch::infer, stopped).await;
+    };
+    std::thread::Builder::new()
+        .name("cluster".to_owned())
+        .spawn(move || runtime.block_on(follow))
+        .context("cannot start following the cluster")?;
+    Ok(())
 }
 
 /// Conntrack's attempts, and the handle that ends the source.

@@ -399,6 +399,11 @@ impl Index {
         })
     }
 
+    /// The names of all objects of a kind.
+    pub fn keys(&self, kind: ObjectKind) -> impl Iterator<Item = &Key> {
+        self.objects.keys().filter(move |key| key.kind == kind)
+    }
+
     /// How many objects of each kind there are, by the plural of the kind.
     pub fn counts(&self) -> impl Iterator<Item = (&'static str, usize)> {
         ObjectKind::all().map(|kind| (kind.plural(), self.counts[kind as usize]))

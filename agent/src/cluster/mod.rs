@@ -6,6 +6,7 @@
 //! | [`parse`] | one object from JSON or YAML values, or why it is malformed |
 //! | [`document`] | all objects of one file's text |
 //! | [`files`] | `--objects`: reading files and folders, and noticing that they changed |
+//! | [`watch`] | `--cluster`: the API server's objects, kept up to date |
 //! | [`claims`] | who held something, from when to when |
 //! | [`ranges`] | the nodes' pod ranges |
 //! | [`uid`] | pods by UID, as objects and cgroups write it |
@@ -21,6 +22,7 @@ pub mod objects;
 pub mod parse;
 pub mod ranges;
 pub mod uid;
+pub mod watch;
 
 pub use index::Index;
 pub use objects::{Change, Key, Object, ObjectKind};

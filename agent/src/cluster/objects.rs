@@ -86,6 +86,19 @@ impl ObjectKind {
         Self::TABLE[self as usize].3
     }
 
+    /// The API group; empty for the core one.
+    pub fn group(self) -> &'static str {
+        Self::TABLE[self as usize].1
+    }
+
+    /// The group with its version, as `discovery.k8s.io/v1`.
+    pub fn api_version(self) -> String {
+        match self.group() {
+            "" => "v1".to_owned(),
+            group => format!("{group}/v1"),
+        }
+    }
+
     /// Whether objects of this kind live in a namespace.
     pub const fn is_namespaced(self) -> bool {
         !matches!(self, Self::Node | Self::Namespace)

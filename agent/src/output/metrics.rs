@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use prometheus_client::collector::Collector;
@@ -12,6 +13,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use whydrop_ebpf::attempt::LATENCY_BUCKETS_NS;
 
+use crate::cluster::watch;
 use crate::event::{LostStage, Outcome};
 use crate::record::listen::{Listener, Lost};
 use crate::record::{End, Pair, Series, Snapshot};
@@ -398,6 +400,17 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
         ),
         [("flow", status.limited_flow), ("cpu", status.limited_cpu)]
             .map(|(limit, n)| (one("limit", limit), n)),
+    )?;
+    counters(
+        encoder,
+        (
+            "whydrop_watch_errors",
+            "Lists and watches of the API server that failed, by kind of object; each is tried again",
+        ),
+        watch::KINDS.map(|kind| {
+            let failed = state.errors.watch[kind as usize].load(Ordering::Relaxed);
+            (one("kind", kind.plural()), failed)
+        }),
     )?;
     counters(
         encoder,

@@ -99,8 +99,8 @@ fn bad_usage_is_told_and_ends_with_2() {
         ("whydrop tail --time-format %!", "%!"),
         ("whydrop tail -o xml", "compact"),
         (
-            "whydrop agent --cluster kube",
-            "no client of the API server",
+            "whydrop agent --cluster minikube",
+            "[possible values: auto, kube, none]",
         ),
         ("whydrop agent --map-memory 0", "more than 0"),
         ("whydrop agent --series-ttl 15", "with its unit"),

@@ -1,0 +1,193 @@
+//! One object as the API server sends it, stripped while it is read, so that no list is ever held
+//! whole: of a pod of 10 kB some hundred bytes stay.
+
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::poll_fn;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use std::task::Poll;
+
+use futures_util::stream::{BoxStream, StreamExt as _};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::core::DynamicResourceScope;
+use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, Client, Resource};
+use serde::de::{Deserialize, Deserializer};
+use serde_json::Value;
+
+use crate::cluster::objects::ObjectKind;
+use crate::cluster::parse::{Malformed, Parsed, parse};
+
+/// What was read of an object. `None` is of a kind that is not used.
+pub type Item = Result<Option<Parsed>, Malformed>;
+
+/// One step of a watch.
+#[derive(Debug)]
+pub enum Step {
+    /// All objects are told anew from here on.
+    Restart,
+    /// One of them.
+    Listed(Item),
+    /// These were all.
+    Complete,
+    /// An object is new or changed.
+    Changed(Item),
+    /// An object is gone: its namespace and name.
+    Gone(String, String),
+}
+
+/// The steps of one kind, for ever; after an error, what kube does next comes after a pause that grows
+/// from one to thirty seconds and is never the same on two nodes.
+type Steps = BoxStream<'static, Result<Step, watcher::Error>>;
+
+/// The watches of all kinds. They are asked in turn, so that no kind waits for another's list.
+#[derive(Default)]
+pub struct Watches {
+    streams: VecDeque<(ObjectKind, Steps)>,
+}
+
+impl Watches {
+    /// Watches a kind from now on, in place of how it was watched before.
+    pub fn open(&mut self, kind: ObjectKind, client: Client, config: watcher::Config) {
+        self.streams.retain(|(known, _)| *known != kind);
+        self.streams
+            .extend(steps(kind, client, config).map(|steps| (kind, steps)));
+    }
+
+    /// The next step of any of them.
+    pub async fn next(&mut self) -> (ObjectKind, Result<Step, watcher::Error>) {
+        poll_fn(|context| {
+            for _ in 0..self.streams.len() {
+                self.streams.rotate_left(1);
+                if let Some((kind, steps)) = self.streams.back_mut()
+                    && let Poll::Ready(Some(step)) = steps.poll_next_unpin(context)
+                {
+                    return Poll::Ready((*kind, step));
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+/// Watches one kind; `None` for kinds that are not watched.
+fn steps(kind: ObjectKind, client: Client, config: watcher::Config) -> Option<Steps> {
+    Some(match kind {
+        ObjectKind::Pod => open::<Pod>(client, config),
+        ObjectKind::Service => open::<Service>(client, config),
+        ObjectKind::EndpointSlice => open::<EndpointSlice>(client, config),
+        ObjectKind::Node => open::<Node>(client, config),
+        ObjectKind::Namespace => open::<Namespace>(client, config),
+        ObjectKind::NetworkPolicy => open::<NetworkPolicy>(client, config),
+        _ => return None,
+    })
+}
+
+fn open<K: Kind>(client: Client, config: watcher::Config) -> Steps {
+    watcher(Api::<Watched<K>>::all(client), config)
+        .default_backoff()
+        .map(|event| {
+            Ok(match event? {
+                watcher::Event::Init => Step::Restart,
+                watcher::Event::InitApply(object) => Step::Listed(object.item()),
+                watcher::Event::InitDone => Step::Complete,
+                watcher::Event::Apply(object) => Step::Changed(object.item()),
+                watcher::Event::Delete(object) => {
+                    let ObjectMeta {
+                        namespace, name, ..
+                    } = object.meta;
+                    Step::Gone(namespace.unwrap_or_default(), name.unwrap_or_default())
+                }
+            })
+        })
+        .boxed()
+}
+
+/// A kind as a type, because the items of a list do not say what they are.
+trait Kind: Clone + fmt::Debug + Send + Sync + 'static {
+    const KIND: ObjectKind;
+}
+
+macro_rules! kinds {
+    ($($kind:ident),*) => {$(
+        #[derive(Clone, Debug)]
+        struct $kind;
+
+        impl Kind for $kind {
+            const KIND: ObjectKind = ObjectKind::$kind;
+        }
+    )*};
+}
+
+kinds!(Pod, Service, EndpointSlice, Node, Namespace, NetworkPolicy);
+
+/// An object of a kind.
+#[derive(Clone, Debug)]
+struct Watched<K> {
+    /// Name, namespace and version: what kube looks at.
+    meta: ObjectMeta,
+    /// Shared because kube asks for [`Clone`], which it does not use.
+    item: Arc<Item>,
+    kind: PhantomData<K>,
+}
+
+impl<K> Watched<K> {
+    fn item(self) -> Item {
+        Arc::into_inner(self.item).unwrap_or(Ok(None))
+    }
+}
+
+impl<'de, K: Kind> Deserialize<'de> for Watched<K> {
+    /// Never fails on a JSON object: one that is malformed must not end the watch of all others.
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(d)?;
+        let list = format!("{}List", K::KIND.as_str());
+        let item = parse(&value, Some((&K::KIND.api_version(), &list)));
+        let field = |name: &str| {
+            let field = value.get("metadata").and_then(|meta| meta.get(name));
+            field.and_then(Value::as_str).map(str::to_owned)
+        };
+        Ok(Self {
+            meta: ObjectMeta {
+                name: field("name"),
+                namespace: field("namespace"),
+                resource_version: field("resourceVersion"),
+                ..ObjectMeta::default()
+            },
+            item: Arc::new(item),
+            kind: PhantomData,
+        })
+    }
+}
+
+impl<K: Kind> Resource for Watched<K> {
+    type DynamicType = ();
+    type Scope = DynamicResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        K::KIND.as_str().into()
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        K::KIND.group().into()
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        "v1".into()
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        K::KIND.plural().into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.meta
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.meta
+    }
+}
