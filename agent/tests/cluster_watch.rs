@@ -12,6 +12,9 @@ use axum::http::{Request, StatusCode};
 use axum::response::{IntoResponse as _, Response};
 use axum::{Json, Router};
 use futures_util::stream::{self, StreamExt as _};
+use hyper::server::conn::http1;
+use hyper_util::rt::TokioIo;
+use hyper_util::service::TowerToHyperService;
 use jiff::Timestamp;
 use kube::Config;
 use serde_json::{Value, json};
@@ -104,6 +107,16 @@ async fn serve(script: Extract<Arc<Script>>, request: Request<Body>) -> Response
         _ => list(&[], "1", None),
     }))
     .await
+}
+
+/// Serves each connection until the test ends.
+async fn accept(listener: tokio::net::TcpListener, app: Router) {
+    let mut connections = tokio::task::JoinSet::new();
+    while let Ok((stream, _)) = listener.accept().await {
+        let service = TowerToHyperService::new(app.clone());
+        let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+        connections.spawn(async move { drop(connection.await) });
+    }
 }
 
 async fn answer(reply: Reply) -> Response {
@@ -232,10 +245,7 @@ impl Follower {
             script: all,
             state,
             configured,
-            tasks: [
-                tokio::spawn(async move { axum::serve(listener, app).await.unwrap() }),
-                tokio::spawn(run),
-            ],
+            tasks: [tokio::spawn(accept(listener, app)), tokio::spawn(run)],
         }
     }
 

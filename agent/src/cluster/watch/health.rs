@@ -1,6 +1,5 @@
 //! What went wrong with a watch, in one sentence that says what to do, and whether the server is there.
 
-use std::error::Error as _;
 use std::time::Instant;
 
 use kube::core::Status;
