@@ -8,6 +8,7 @@
 //! | [`decode`] | bytes | packet, reason, location, verdict |
 //! | [`cluster`] | Kubernetes objects | an index: who held this address at that time |
 //! | [`mod@enrich`] | a drop and the index | a named [`event::Event`] |
+//! | [`awaited`], [`held`] | an end without a name yet | the same a moment later, with it |
 //! | [`recent`] | drops of first packets | which attempts they were of |
 //! | [`policy`] | objects and a flow | which NetworkPolicy denies it, and what is missing |
 //! | [`record`] | events | counters of pairs |
@@ -17,11 +18,13 @@
 //!
 //! [`cli`] holds one file a command, [`selection`] is what `tail` and the local API select by.
 
+pub mod awaited;
 pub mod cli;
 pub mod cluster;
 pub mod decode;
 pub mod enrich;
 pub mod event;
+pub mod held;
 pub mod output;
 pub mod pipeline;
 pub mod policy;

@@ -25,6 +25,7 @@ use crate::decode::late::{Late, Settled};
 use crate::decode::{self, Decoder, Flow};
 use crate::enrich::{enrich, enrich_attempt, name_host_network_pod, pod_of_namespace};
 use crate::event::{Cause, Endpoint, EndpointKind, Event, Kind, Line, Lost, LostStage, Outcome};
+use crate::held::Held;
 use crate::recent::{Known, RecentDrops};
 use crate::senders::{ConnectResult, What};
 use crate::source::attempts::{Found, Unanswered};
@@ -40,6 +41,9 @@ const EXPIRE_EVERY: Duration = Duration::from_secs(10);
 /// Flows whose rest waits to be said; as many as two generations of the default map hold. Past it
 /// the rest is said as lost at once.
 const MAX_UNSAID: usize = 100_000;
+
+/// Drops, and as many counts, that wait for the name of an end: some 5 MB each.
+const MAX_HELD: usize = 10_000;
 
 /// How long before the computed start of an attempt a drop may be its own: that start is a difference of
 /// times that were read one after another.
@@ -77,6 +81,9 @@ pub struct Pipeline {
     conntrack: Conntrack,
     late: Late,
     recent: RecentDrops,
+    /// Drops and counts with an end whose name is awaited.
+    held_drops: Held<decode::Drop>,
+    held_counts: Held<Settled>,
     /// Packets that had an event of their own, by the generation that counts them; two or three.
     said: BTreeMap<u64, HashMap<FlowKey, Fates>>,
     unsaid: HashMap<FlowKey, (Fates, Timestamp)>,
@@ -101,6 +108,8 @@ impl Pipeline {
             conntrack,
             late: Late::new(knows_neighbours),
             recent: RecentDrops::default(),
+            held_drops: Held::new(MAX_HELD),
+            held_counts: Held::new(MAX_HELD),
             said: BTreeMap::new(),
             unsaid: HashMap::new(),
             totals: Totals::default(),
@@ -121,8 +130,72 @@ impl Pipeline {
             Outcome::Rejected => said.rejected += 1,
             Outcome::Dropped | Outcome::Unanswered => said.dropped += 1,
         }
-        let event = self.named(drop);
+        self.publish_or_hold(drop, Instant::now());
+    }
+
+    /// Publishes a drop, or lets it wait for a name.
+    fn publish_or_hold(&mut self, drop: decode::Drop, now: Instant) {
+        let event = self.named(drop.clone());
+        if self.awaits(&event, now) {
+            let Some(_) = self.held_drops.hold(drop, now) else {
+                return;
+            };
+            self.state
+                .awaited
+                .totals
+                .full
+                .fetch_add(1, Ordering::Relaxed);
+        }
         self.state.stream.publish(Arc::new(Line::Event(event)));
+    }
+
+    /// Whether an end may get a name in a moment.
+    fn awaits(&self, event: &Event, now: Instant) -> bool {
+        let knows_ranges = self.state.index().knows_pod_ranges();
+        let awaits = |end| self.state.awaited.awaits(end, knows_ranges, now);
+        // Both are asked for at once.
+        let (source, destination) = (awaits(&event.source), awaits(&event.destination));
+        source || destination
+    }
+
+    /// Tells what waited for a name and has one now, or waited long enough.
+    fn release(&mut self, now: Instant) {
+        let mut held = std::mem::replace(&mut self.held_drops, Held::new(0));
+        let ready = held.ready(now, |drop| !self.awaits(&self.named(drop.clone()), now));
+        self.held_drops = held;
+        for (drop, _) in ready {
+            let event = self.named(drop);
+            self.note_wait(&event);
+            self.state.stream.publish(Arc::new(Line::Event(event)));
+        }
+        let mut held = std::mem::replace(&mut self.held_counts, Held::new(0));
+        let ready = held.ready(now, |settled| !self.counts_await(settled, now));
+        self.held_counts = held;
+        for (settled, _) in ready {
+            self.record(&settled, now);
+        }
+    }
+
+    /// Counts what waiting for a name came to.
+    fn note_wait(&self, event: &Event) {
+        let is_nameless = |end: &Endpoint| {
+            matches!(
+                end.kind,
+                Some(EndpointKind::Unknown | EndpointKind::External)
+            )
+        };
+        let totals = &self.state.awaited.totals;
+        match is_nameless(&event.source) || is_nameless(&event.destination) {
+            true => totals.unnamed.fetch_add(1, Ordering::Relaxed),
+            false => totals.named.fetch_add(1, Ordering::Relaxed),
+        };
+    }
+
+    fn counts_await(&mut self, settled: &Settled, now: Instant) -> bool {
+        let drop = self
+            .decoder
+            .counted(&settled.key, Outcome::Dropped, 1, settled.until);
+        self.awaits(&self.named(drop), now)
     }
 
     /// A generation's counts: settle, decode, enrich, record. All its events must have been handed
@@ -140,7 +213,7 @@ impl Pipeline {
             now,
         );
         for settled in settled {
-            self.record(&settled, now);
+            self.record_or_hold(settled, now);
         }
         self.record_tallies(drained, now);
         self.record_totals(&drained.totals, now);
@@ -282,12 +355,13 @@ impl Pipeline {
         if self.late.is_waiting() {
             let waits = self.totals.cpu.neighbour_waits;
             for settled in self.late.settle(&[], waits, Timestamp::now(), now) {
-                self.record(&settled, now);
+                self.record_or_hold(settled, now);
             }
         }
+        self.release(now);
         if now.duration_since(self.last_said) >= SAY_EVERY {
             self.last_said = now;
-            self.say_unsaid();
+            self.say_unsaid(now);
         }
         if now.duration_since(self.last_expired) >= EXPIRE_EVERY {
             self.last_expired = now;
@@ -319,11 +393,34 @@ impl Pipeline {
         for settled in self.late.finish() {
             self.record(&settled, Instant::now());
         }
-        self.say_unsaid();
+        for drop in self.held_drops.finish() {
+            let event = self.named(drop);
+            self.state.stream.publish(Arc::new(Line::Event(event)));
+        }
+        for settled in self.held_counts.finish() {
+            self.record(&settled, Instant::now());
+        }
+        // Nothing waits any more: this is the end.
+        self.state.awaited.follow(false, false);
+        self.say_unsaid(Instant::now());
     }
 
     fn named(&self, drop: decode::Drop) -> Event {
         enrich(drop, &self.state.index(), &self.state.node)
+    }
+
+    /// Counts at once, or once an end has the name that is awaited.
+    fn record_or_hold(&mut self, settled: Settled, now: Instant) {
+        // Naming what has its names twice is not free.
+        let may_wait =
+            self.state.awaited.follows() && self.decoder.class(&settled.key) != Class::Benign;
+        let settled = match may_wait && self.counts_await(&settled, now) {
+            true => self.held_counts.hold(settled, now),
+            false => Some(settled),
+        };
+        if let Some(settled) = settled {
+            self.record(&settled, now);
+        }
     }
 
     /// Counts to the pair, and to the node.
@@ -513,7 +610,7 @@ impl Pipeline {
         }
     }
 
-    fn say_unsaid(&mut self) {
+    fn say_unsaid(&mut self, now: Instant) {
         for (key, (fates, time)) in std::mem::take(&mut self.unsaid) {
             for (outcome, packets) in [
                 (Outcome::Dropped, fates.dropped),
@@ -521,8 +618,7 @@ impl Pipeline {
             ] {
                 if packets > 0 {
                     let drop = self.decoder.counted(&key, outcome, packets, time);
-                    let event = self.named(drop);
-                    self.state.stream.publish(Arc::new(Line::Event(event)));
+                    self.publish_or_hold(drop, now);
                 }
             }
         }

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use whydrop_ebpf::attempt::AttemptCpu;
 
+use crate::awaited::Awaited;
+use crate::cluster::watch::lookups;
 use crate::cluster::{Index, ObjectKind};
 use crate::event::Outcome;
 use crate::output::stream::Stream;
@@ -50,6 +52,10 @@ pub struct State {
     pub accept_queues: AcceptQueues,
     /// Drops are observed.
     pub observing: AtomicBool,
+    /// Addresses whose names are awaited.
+    pub awaited: Awaited,
+    /// What came of asking for pods by their address.
+    pub lookups: lookups::Totals,
 }
 
 /// What the pipeline last saw of the kernel side.
@@ -170,6 +176,8 @@ impl State {
             errors,
             drainer: OnceLock::new(),
             observing: AtomicBool::new(false),
+            awaited: Awaited::default(),
+            lookups: lookups::Totals::default(),
         }
     }
 

@@ -20,7 +20,7 @@ use kube::Config;
 use serde_json::{Value, json};
 use whydrop::cluster::ObjectKind;
 use whydrop::cluster::index::Holder;
-use whydrop::cluster::watch::{self, Times};
+use whydrop::cluster::watch::{self, Reach, Times};
 use whydrop::record::{Detail, Record};
 use whydrop::senders::Senders;
 use whydrop::state::State;
@@ -240,7 +240,13 @@ impl Follower {
             watch,
             start_jitter: Duration::from_millis(1),
         };
-        let run = watch::run(state.clone(), times, configuration, std::future::pending());
+        let run = watch::run(
+            state.clone(),
+            times,
+            Reach::Cluster,
+            configuration,
+            std::future::pending(),
+        );
         Self {
             script: all,
             state,

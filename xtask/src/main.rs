@@ -7,6 +7,7 @@ mod command;
 mod demo;
 mod dependencies;
 mod fuzz;
+mod kube;
 mod rust_src;
 mod setup;
 mod test;
@@ -59,7 +60,7 @@ fn main() -> ExitCode {
 
 fn run(task: &Task) -> Result<ExitCode> {
     match task {
-        Task::Setup => setup::run()?.with_vm().report()?,
+        Task::Setup => setup::run()?.with_vm().with_kube().report()?,
         Task::Build(args) => build::run(args)?,
         Task::Demo => demo::run()?,
         Task::Test(args) => return test::run(args),

@@ -23,6 +23,8 @@ pub enum Need {
     Lab,
     /// No other kernel can be run in a virtual machine.
     Vm,
+    /// No API server can be built to test against.
+    Kube,
     /// The fuzz targets cannot be built.
     Fuzz,
     /// `cargo fmt` cannot run.
@@ -64,6 +66,14 @@ impl Found {
     pub fn with_vm(mut self) -> Self {
         let known = self.missing.len();
         packages(&mut self, |need| need == Need::Vm);
+        self.say(known);
+        self
+    }
+
+    /// Installs what building an API server needs as well.
+    pub fn with_kube(mut self) -> Self {
+        let known = self.missing.len();
+        packages(&mut self, |need| need == Need::Kube);
         self.say(known);
         self
     }
@@ -126,6 +136,11 @@ const PACKAGES: &[Package] = &[
     vm("cpio", &["cpio"]),
     vm("kmod", &["depmod", "modprobe"]),
     Package {
+        name: "golang-go",
+        programs: &["go"],
+        need: Need::Kube,
+    },
+    Package {
         name: "g++",
         programs: &["c++"],
         need: Need::Fuzz,
@@ -155,13 +170,13 @@ impl Package {
     }
 }
 
-/// Installs what is missing, but not what virtual machines need. Errors only where the toolchain
+/// Installs what is missing, but not what virtual machines or an API server need. Errors only where the toolchain
 /// itself does not answer; a part that cannot be installed is reported in what it returns.
 pub fn run() -> Result<Found> {
     let mut found = Found::default();
     rust_components(&mut found)?;
     bpf_linker(&mut found);
-    packages(&mut found, |need| need != Need::Vm);
+    packages(&mut found, |need| !matches!(need, Need::Vm | Need::Kube));
     found.say(0);
     Ok(found)
 }

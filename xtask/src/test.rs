@@ -12,7 +12,7 @@ use nix::unistd::geteuid;
 
 use crate::{
     command::{cargo, command, root, run as execute},
-    dependencies, fuzz,
+    dependencies, fuzz, kube,
     setup::{self, Found, Need},
     vm::{self, matrix::Matrix},
 };
@@ -37,7 +37,7 @@ enum Group {
     Netns,
     /// The same in virtual machines, on other kernels
     Vm,
-    /// Against a real API server and a real policy enforcer
+    /// Against a real API server, built once if there is none, and a real kube-proxy (root)
     Kube,
     /// The manifests, rules and dashboards
     Deploy,
@@ -57,6 +57,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let mut found = setup::run()?;
     if groups.contains(&Group::Vm) {
         found = found.with_vm();
+    }
+    if groups.contains(&Group::Kube) {
+        found = found.with_kube();
     }
     found.ready_to_build()?;
     let outcomes: Vec<_> = groups
@@ -84,7 +87,8 @@ fn outcome(group: Group, args: &Args, found: &Found) -> Outcome {
         Group::Unit => unit(found),
         Group::Netns => netns(found),
         Group::Vm => machines(args.kernel.as_deref(), found),
-        Group::Kube | Group::Deploy => Outcome::Skipped("not in this version".to_owned()),
+        Group::Kube => kubernetes(found),
+        Group::Deploy => Outcome::Skipped("not in this version".to_owned()),
     }
 }
 
@@ -193,6 +197,29 @@ fn machines(kernel: Option<&str>, found: &Found) -> Outcome {
         Ok(Matrix::Good(what)) => Outcome::Passed(what),
         Ok(Matrix::Bad(what)) => Outcome::Failed(what),
         Ok(Matrix::NoKernel(why)) => Outcome::Skipped(why),
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    }
+}
+
+fn kubernetes(found: &Found) -> Outcome {
+    if let Some(reason) = found.lacks(Need::Lab).or_else(no_netns) {
+        return Outcome::Skipped(reason);
+    }
+    let has_assets = setup::variable("KUBEBUILDER_ASSETS").is_some();
+    if let Some(reason) = found.lacks(Need::Kube).filter(|_| !has_assets) {
+        return Outcome::Skipped(reason);
+    }
+    let tests = || {
+        let programs = kube::programs()?;
+        execute(cargo("build").arg("--package=whydrop"))?;
+        execute(
+            cargo("test")
+                .args(["--package=whydrop-kube-tests", "--no-fail-fast"])
+                .env("WHYDROP_KUBE_PROGRAMS", programs),
+        )
+    };
+    match tests() {
+        Ok(()) => Outcome::Passed("a real API server, kube-proxy, and drops".to_owned()),
         Err(error) => Outcome::Failed(format!("{error:#}")),
     }
 }

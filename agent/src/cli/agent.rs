@@ -143,7 +143,12 @@ async fn serve(args: AgentArgs) -> Result<()> {
         }
     });
     // Last: what is observed meanwhile waits for no API server.
-    sources::watch_cluster(&state, args.cluster, !args.objects.is_empty(), &stopped)?;
+    sources::watch_cluster(
+        &state,
+        (args.cluster, args.watch),
+        !args.objects.is_empty(),
+        &stopped,
+    )?;
     let mut observing = tokio::spawn(observer.run());
     let (node, listen, socket) = (&state.node, args.listen, args.socket.display());
     match state.ready() {

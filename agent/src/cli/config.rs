@@ -14,6 +14,7 @@ use clap::{
 
 use crate::cli::format::TimeFormat;
 use crate::cli::units::{Size, duration};
+use crate::cluster::watch::Reach;
 use crate::event::Protocol;
 use crate::output::query::Since;
 use crate::selection::{Flag, Selection};
@@ -94,6 +95,17 @@ pub struct AgentArgs {
         help_heading = "Names"
     )]
     pub cluster: Cluster,
+
+    /// Pods that are watched: all of the cluster, or those of this node with look-ups of others as
+    /// something concerns them; auto: of this node in a cluster of more than 20,000 pods
+    #[arg(
+        long,
+        value_name = "WHICH",
+        default_value = "auto",
+        env = "WHYDROP_WATCH",
+        help_heading = "Names"
+    )]
+    pub watch: Reach,
 
     /// File or folder of Kubernetes objects, YAML or JSON, as `kubectl get
     /// pods,svc,endpointslices,ns,nodes -A -o yaml` prints them, in place of a cluster; may be

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use whydrop_ebpf::attempt::Died;
 
 use crate::cli::config::Cluster;
-use crate::cluster::watch as kube_watch;
+use crate::cluster::watch::{self as kube_watch, Reach};
 use crate::decode::Flow;
 use crate::decode::attempt::Attempt;
 use crate::enrich;
@@ -72,7 +72,7 @@ pub fn watch_accept_queues(state: Arc<State>) -> Result<std::sync::mpsc::Sender<
 /// pipeline. It ends when the agent stops.
 pub fn watch_cluster(
     state: &Arc<State>,
-    cluster: Cluster,
+    (cluster, reach): (Cluster, Reach),
     has_objects: bool,
     stopped: &watch::Receiver<bool>,
 ) -> Result<()> {
@@ -96,7 +96,7 @@ pub fn watch_cluster(
         }
         let stopped = async { drop(stopped.wait_for(|stop| *stop).await) };
         let times = kube_watch::Times::default();
-        kube_watch::run(state, times, kube_watch::infer, stopped).await;
+        kube_watch::run(state, times, reach, kube_watch::infer, stopped).await;
     };
     std::thread::Builder::new()
         .name("cluster".to_owned())

@@ -390,6 +390,11 @@ impl Index {
         })
     }
 
+    /// Whether nodes tell which addresses are pods'.
+    pub fn knows_pod_ranges(&self) -> bool {
+        !self.pod_ranges.is_empty()
+    }
+
     /// Whether a pod is there, ended or not.
     pub fn pod_exists(&self, namespace: &Arc<str>, name: &Arc<str>) -> bool {
         self.objects.contains_key(&Key {

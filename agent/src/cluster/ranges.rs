@@ -42,6 +42,11 @@ impl Ranges {
         }
     }
 
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
     /// Whether an address is inside a range.
     pub fn contains(&self, ip: IpAddr) -> bool {
         let lengths = self.lengths.range((ip.is_ipv6(), 0)..=(ip.is_ipv6(), 128));

@@ -14,10 +14,14 @@
 //! | it is silent for longer than a watch may last | that is an error as well |
 //! | one kind is refused (403) | only what needs that kind is missing; it is tried again |
 //! | the credentials are refused (401), or nothing answers for a minute | the configuration is read again |
+//!
+//! In a large cluster an agent that watched all pods would be large, and a thousand of them a burden: then
+//! it watches those of its node and asks for others when something concerns them (`lookups.rs`).
 
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -26,8 +30,11 @@ use jiff::Timestamp;
 use kube::client::ClientBuilder;
 use kube::runtime::watcher;
 use kube::{Client, Config};
+use serde_json::Value;
+use tokio::sync::mpsc;
 
 use self::health::{Failure, Health};
+use self::lookups::Lookups;
 use self::object::{Item, Step, Watches};
 use self::pace::{Pace, PaceLayer};
 use super::objects::{Change, Interner, Key, ObjectKind};
@@ -36,6 +43,7 @@ use crate::source::sys;
 use crate::state::State;
 
 mod health;
+pub mod lookups;
 mod object;
 mod pace;
 
@@ -68,6 +76,23 @@ const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_sec
 /// Between two rounds of forgetting strings that nobody uses.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
 
+/// Pods of a cluster whose agents watch those of their node alone, if they may choose. Some 1.4 kB each:
+/// 20,000 are 28 MB.
+pub const MANY_PODS: u64 = 20_000;
+/// Addresses that wait to be asked for; past it they have no name.
+const QUESTIONS: usize = 64;
+
+/// Which pods are watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Reach {
+    /// All, in a cluster of less than 20,000; else those of this node.
+    Auto,
+    /// All.
+    Cluster,
+    /// Those of this node; others are asked for by their address.
+    Node,
+}
+
 /// Times that tests make shorter.
 #[derive(Clone, Copy, Debug)]
 pub struct Times {
@@ -97,14 +122,20 @@ pub async fn is_configured() -> bool {
 pub async fn run<F>(
     state: Arc<State>,
     times: Times,
+    reach: Reach,
     configuration: impl Fn() -> F,
     shutdown: impl Future<Output = ()>,
 ) where
     F: Future<Output = Result<Config, String>>,
 {
+    let (sender, questions) = mpsc::channel(QUESTIONS);
+    state.awaited.answer_by(sender);
     let mut cluster = Cluster {
         state,
         times,
+        reach,
+        questions,
+        lookups: Lookups::default(),
         strings: Interner::default(),
         kinds: KINDS.map(|kind| (kind, Kind::default())).into(),
     };
@@ -149,6 +180,26 @@ pub async fn infer() -> Result<Config, String> {
     })
 }
 
+impl Server {
+    /// Of all endpoints an agent that watches its node would keep more than of all pods of it.
+    fn watches(&self, kind: ObjectKind) -> bool {
+        !(self.is_of_node && kind == ObjectKind::EndpointSlice)
+    }
+}
+
+/// How many pods there are; `None` if the server does not tell.
+async fn count_pods(client: &Client) -> Option<u64> {
+    let request = hyper::Request::get("/api/v1/pods?limit=1").body(Vec::new());
+    let answer = client.request::<Value>(request.ok()?);
+    let answer = tokio::time::timeout(VERSION_TIMEOUT, answer)
+        .await
+        .ok()?
+        .ok()?;
+    let first = answer["items"].as_array()?.len() as u64;
+    let more = &answer["metadata"]["remainingItemCount"];
+    Some(first + more.as_u64().unwrap_or(0))
+}
+
 /// A moment between none and a duration.
 fn random(below: Duration) -> Duration {
     // Each RandomState has keys of its own, which is all the randomness that this needs.
@@ -159,8 +210,12 @@ fn random(below: Duration) -> Duration {
 struct Server {
     client: Client,
     pace: Arc<Pace>,
+    /// What is shown of it: its address, and which pods are watched.
+    shown: String,
     url: String,
     streams: bool,
+    /// Only the pods of this node are watched.
+    is_of_node: bool,
 }
 
 /// What is known of one kind's watch.
@@ -178,12 +233,16 @@ struct Kind {
 struct Cluster {
     state: Arc<State>,
     times: Times,
+    reach: Reach,
+    /// Addresses whose pod is asked for.
+    questions: mpsc::Receiver<IpAddr>,
+    lookups: Lookups,
     strings: Interner,
     kinds: HashMap<ObjectKind, Kind>,
 }
 
 impl Cluster {
-    async fn connect(&self, mut config: Config) -> Result<Server, String> {
+    async fn connect(&mut self, mut config: Config) -> Result<Server, String> {
         let url = config.cluster_url.to_string();
         config.read_timeout = Some(self.times.watch + SILENCE_MARGIN);
         // Each failure is to be counted and shown; kube's watchers try again.
@@ -208,31 +267,53 @@ impl Cluster {
             .trim_end_matches(|c: char| !c.is_ascii_digit());
         let streams =
             version.major != "1" || minor.parse().is_ok_and(|m: u32| m >= STREAMING_LISTS);
+        let pods = match self.reach {
+            Reach::Auto => count_pods(&client).await,
+            Reach::Cluster | Reach::Node => None,
+        };
+        let is_of_node = match self.reach {
+            Reach::Node => true,
+            Reach::Cluster => false,
+            // Who may not ask for it learns that from the watch.
+            Reach::Auto => pods.is_some_and(|pods| pods > MANY_PODS),
+        };
+        let shown = match (is_of_node, pods) {
+            (false, _) => url.clone(),
+            (true, Some(pods)) => {
+                format!("{url}, pods of this node alone, because there are {pods}")
+            }
+            (true, None) => format!("{url}, pods of this node alone"),
+        };
         tracing::info!(
             url,
             version = version.git_version,
             streams,
+            is_of_node,
+            pods,
             "following the cluster"
         );
         Ok(Server {
             client,
             pace,
+            shown,
             url,
             streams,
+            is_of_node,
         })
     }
 
     /// Until the configuration should be read again, and why.
     async fn follow(&mut self, server: Server) -> String {
-        self.say(true, Some(server.url.clone()), None);
+        self.say(true, Some(server.shown.clone()), None);
         let mut watches = Watches::default();
-        for kind in KINDS {
+        for kind in KINDS.into_iter().filter(|kind| server.watches(*kind)) {
             let known = self.kind(kind);
             known.health = Health::default();
             known.in_pages = !server.streams;
             self.open(kind, &server, &mut watches);
         }
         let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
+        let mut second = tokio::time::interval(Duration::from_secs(1));
         loop {
             tokio::select! {
                 (kind, step) = watches.next() => {
@@ -261,6 +342,18 @@ impl Cluster {
                         self.answered(kind);
                     }
                 }
+                Some(ip) = self.questions.recv(), if self.lookups.has_room() => {
+                    if server.is_of_node {
+                        self.lookups.ask(&server.client, ip, &self.state.lookups);
+                    }
+                }
+                (ip, answer) = self.lookups.answered() => self.found(ip, answer),
+                _ = second.tick() => {
+                    for key in self.lookups.expired() {
+                        let change = Change::Delete(key);
+                        self.state.index_mut().apply(change, Timestamp::now());
+                    }
+                }
                 _ = housekeeping.tick() => self.strings.purge(),
             }
             let is_reached = self.kinds.values().any(|kind| kind.health.is_reached());
@@ -276,8 +369,13 @@ impl Cluster {
                     }
                     self.say(false, None, Some(why));
                 }
-                _ => self.say(true, Some(server.url.clone()), None),
+                _ => self.say(true, Some(server.shown.clone()), None),
             }
+            let is_listed = self
+                .kinds
+                .get(&ObjectKind::Pod)
+                .is_some_and(|pods| pods.listed);
+            self.state.awaited.follow(is_listed, server.is_of_node);
         }
     }
 
@@ -289,6 +387,10 @@ impl Cluster {
     fn open(&mut self, kind: ObjectKind, server: &Server, watches: &mut Watches) {
         let seconds = u32::try_from(self.times.watch.as_secs()).unwrap_or(u32::MAX);
         let config = watcher::Config::default().timeout(seconds).page_size(PAGE);
+        let config = match kind == ObjectKind::Pod && server.is_of_node {
+            true => config.fields(&format!("spec.nodeName={}", self.state.node)),
+            false => config,
+        };
         let config = match self.kind(kind).in_pages {
             true => config,
             false => config.streaming_lists(),
@@ -344,6 +446,7 @@ impl Cluster {
             }
         };
         let key = object.key().clone();
+        self.lookups.forget(&key);
         let now = Timestamp::now();
         let mut index = self.state.index_mut();
         match self.kinds.get(&kind).is_some_and(|kind| kind.listed) {
@@ -351,6 +454,30 @@ impl Cluster {
             false => index.load([object], now),
         }
         Some(key)
+    }
+
+    /// Takes in who has an address that was asked for.
+    fn found(&mut self, ip: IpAddr, answer: Result<Value, kube::Error>) {
+        let totals = &self.state.lookups;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                totals.error.fetch_add(1, Ordering::Relaxed);
+                let why = health::causes(&error);
+                tracing::debug!(%ip, why, "the API server does not say who has an address");
+                return;
+            }
+        };
+        let pods = lookups::pods(&answer, &self.state.node, &mut self.strings);
+        if pods.is_empty() {
+            totals.none.fetch_add(1, Ordering::Relaxed);
+            return self.state.awaited.is_nobodys(ip);
+        }
+        totals.found.fetch_add(1, Ordering::Relaxed);
+        for pod in pods {
+            self.lookups.keep(pod.key().clone());
+            self.state.index_mut().load([pod], Timestamp::now());
+        }
     }
 
     /// All objects of a kind were listed: what the index has beyond them went away unseen.

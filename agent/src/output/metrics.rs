@@ -414,6 +414,29 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
     )?;
     counters(
         encoder,
+        (
+            "whydrop_lookups",
+            "Pods of other nodes that were asked for by their address, by result",
+        ),
+        state
+            .lookups
+            .counts()
+            .map(|(result, n)| (one("result", result), n)),
+    )?;
+    counters(
+        encoder,
+        (
+            "whydrop_name_waits",
+            "Events and counts that waited for the name of an address, by result; full: without room to wait",
+        ),
+        state
+            .awaited
+            .totals
+            .counts()
+            .map(|(result, n)| (one("result", result), n)),
+    )?;
+    counters(
+        encoder,
         ("whydrop_errors", "What could not be read or done, by stage"),
         state
             .errors

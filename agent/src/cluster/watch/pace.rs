@@ -105,7 +105,11 @@ where
     fn call(&mut self, request: Request<A>) -> Self::Future {
         let kind = kind_of(request.uri().path());
         let query = request.uri().query().unwrap_or("");
-        let is_page = query.split('&').any(|pair| pair.starts_with("continue="));
+        // A page, a pod that is asked for, or how many there are: none is a list or a watch.
+        let is_page = query.split('&').any(|pair| {
+            let is_asked = pair.starts_with("fieldSelector=status.podIP");
+            is_asked || pair == "limit=1" || pair.starts_with("continue=")
+        });
         let pace = self.pace.clone();
         // Does nothing before it is awaited.
         let response = self.inner.call(request);

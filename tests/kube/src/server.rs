@@ -1,0 +1,366 @@
+//! etcd and kube-apiserver as processes, on loopback and on a unix socket, in a folder that goes with
+//! them.
+
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyPair,
+};
+use serde_json::json;
+use tempfile::TempDir;
+
+/// Ready in 4 s on an idle machine.
+const START: Duration = Duration::from_secs(90);
+/// The cluster's Service addresses, where no lab has its own.
+const SERVICE_RANGE: &str = "10.96.0.0/16";
+
+/// A user by its client certificate.
+#[derive(Clone, Copy, Debug)]
+pub enum User {
+    /// May do everything.
+    Admin,
+    /// Of this name, with the rights that somebody grants it.
+    Named(&'static str),
+}
+
+/// The cluster's own certificates.
+type Authority = CertifiedIssuer<'static, KeyPair>;
+
+/// A program that ends with who started it.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// etcd with one or more API servers.
+pub struct Server {
+    authority: Authority,
+    /// Of the API server that can be killed; a kubeconfig names it.
+    port: u16,
+    service_ranges: String,
+    api: Option<Running>,
+    _etcd: Running,
+    folder: TempDir,
+}
+
+impl Server {
+    /// Starts both and waits until the API server is ready. No controller runs: what is written stays
+    /// as it is.
+    ///
+    /// # Errors
+    /// A program is missing, or does not get ready; shows its log.
+    pub async fn start() -> Result<Self> {
+        Self::start_with(SERVICE_RANGE).await
+    }
+
+    /// As [`Server::start`], with other ranges of Service addresses.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub async fn start_with(service_ranges: &str) -> Result<Self> {
+        let folder = tempfile::tempdir().context("make a temporary folder")?;
+        let authority = certificates(folder.path())?;
+        let socket = folder.path().join("etcd.sock");
+        let mut etcd = program("etcd")?;
+        etcd.args(["--unsafe-no-fsync", "--logger=zap", "--log-level=warn"])
+            .arg("--data-dir")
+            .arg(folder.path().join("etcd"))
+            .arg("--listen-client-urls")
+            .arg(format!("unix://{}", socket.display()))
+            .args(["--advertise-client-urls", "unix://client:0"])
+            .args(["--listen-peer-urls", "unix://peer:0"])
+            .args(["--initial-advertise-peer-urls", "unix://peer:0"])
+            .args(["--initial-cluster", "default=unix://peer:0"])
+            .current_dir(folder.path());
+        let etcd = start(etcd, &folder.path().join("etcd.log"))?;
+        let mut server = Self {
+            authority,
+            port: free_port()?,
+            service_ranges: service_ranges.to_owned(),
+            api: None,
+            _etcd: etcd,
+            folder,
+        };
+        server.start_api().await?;
+        Ok(server)
+    }
+
+    /// Starts the API server, again where it was killed.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub async fn start_api(&mut self) -> Result<()> {
+        let mut api = self.spawn_api(self.port, "apiserver.log")?;
+        self.ready(&mut api, self.port, "apiserver.log").await?;
+        self.api = Some(api);
+        Ok(())
+    }
+
+    /// A second API server on the same etcd, which changes objects while the first one is away.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub async fn second(&self) -> Result<Second> {
+        let port = free_port()?;
+        let mut api = self.spawn_api(port, "second.log")?;
+        self.ready(&mut api, port, "second.log").await?;
+        let client = self.client_at(port, User::Admin).await?;
+        Ok(Second { client, _api: api })
+    }
+
+    fn spawn_api(&self, port: u16, log: &str) -> Result<Running> {
+        let folder = self.folder.path();
+        let mut api = program("kube-apiserver")?;
+        let file = |name: &str| folder.join(name).into_os_string();
+        api.arg("--etcd-servers")
+            .arg(format!("unix://{}", folder.join("etcd.sock").display()))
+            .args(["--bind-address=127.0.0.1", "--advertise-address=127.0.0.1"])
+            .arg(format!("--secure-port={port}"))
+            .arg("--tls-cert-file")
+            .arg(file("server.crt"))
+            .arg("--tls-private-key-file")
+            .arg(file("server.key"))
+            .arg("--client-ca-file")
+            .arg(file("ca.crt"))
+            .args(["--service-account-issuer=https://kubernetes.default.svc"])
+            // Tokens are signed by the server's key: its certificate is the public one.
+            .arg("--service-account-key-file")
+            .arg(file("server.crt"))
+            .arg("--service-account-signing-key-file")
+            .arg(file("server.key"))
+            .arg(format!(
+                "--service-cluster-ip-range={}",
+                self.service_ranges
+            ))
+            .args(["--authorization-mode=RBAC", "--profiling=false"])
+            // Nobody makes the ServiceAccounts that pods would get.
+            .arg("--disable-admission-plugins=ServiceAccount");
+        start(api, &folder.join(log))
+    }
+
+    async fn ready(&self, api: &mut Running, port: u16, log: &str) -> Result<()> {
+        let client = self.client_at(port, User::Admin).await?;
+        let deadline = Instant::now() + START;
+        loop {
+            let request = hyper::Request::get("/readyz").body(Vec::new())?;
+            let answer = client.request_text(request).await;
+            if answer.is_ok() {
+                return Ok(());
+            }
+            if Instant::now() > deadline || api.0.try_wait()?.is_some() {
+                let log = fs::read_to_string(self.folder.path().join(log)).unwrap_or_default();
+                let from = log.len().saturating_sub(3000);
+                bail!(
+                    "the API server ended, or is not ready after {START:?}: {answer:?}\n{}",
+                    log.get(from..).unwrap_or(&log)
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// Kills the API server; etcd keeps what it had.
+    pub fn kill_api(&mut self) {
+        self.api = None;
+    }
+
+    /// Stops the API server's process without ending it, or lets it go on: it accepts connections and
+    /// says nothing.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn freeze(&self, is_frozen: bool) -> Result<()> {
+        let api = self.api.as_ref().context("the API server does not run")?;
+        let signal = match is_frozen {
+            true => Signal::SIGSTOP,
+            false => Signal::SIGCONT,
+        };
+        let pid = i32::try_from(api.0.id())?;
+        kill(Pid::from_raw(pid), signal).context("signal the API server")
+    }
+
+    /// A client of a user.
+    ///
+    /// # Errors
+    /// The configuration is not one.
+    pub async fn client(&self, user: User) -> Result<Client> {
+        self.client_at(self.port, user).await
+    }
+
+    async fn client_at(&self, port: u16, user: User) -> Result<Client> {
+        Client::try_from(self.config_at(port, user).await?).context("make a client")
+    }
+
+    /// The configuration of a user.
+    ///
+    /// # Errors
+    /// The configuration is not one.
+    pub async fn config(&self, user: User) -> Result<Config> {
+        self.config_at(self.port, user).await
+    }
+
+    async fn config_at(&self, port: u16, user: User) -> Result<Config> {
+        let text = self.kubeconfig_at(port, user)?;
+        let parsed = Kubeconfig::from_yaml(&text).context("read the kubeconfig")?;
+        Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default())
+            .await
+            .context("use the kubeconfig")
+    }
+
+    /// A kubeconfig of a user, as a file that goes with the server.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn kubeconfig(&self, user: User) -> Result<PathBuf> {
+        let name = match user {
+            User::Admin => "admin",
+            User::Named(name) => name,
+        };
+        let path = self.folder.path().join(format!("{name}.kubeconfig"));
+        fs::write(&path, self.kubeconfig_at(self.port, user)?)?;
+        Ok(path)
+    }
+
+    /// A configuration that reads a token from a file each time that it must.
+    ///
+    /// # Errors
+    /// The configuration is not one.
+    pub async fn config_by_token(&self, file: &Path) -> Result<Config> {
+        self.config_of(self.port, &json!({"tokenFile": file})).await
+    }
+
+    async fn config_of(&self, port: u16, user: &serde_json::Value) -> Result<Config> {
+        let text = self.kubeconfig_text(port, user).to_string();
+        let parsed = Kubeconfig::from_yaml(&text).context("read the kubeconfig")?;
+        Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default())
+            .await
+            .context("use the kubeconfig")
+    }
+
+    fn kubeconfig_at(&self, port: u16, user: User) -> Result<String> {
+        let (name, group) = match user {
+            User::Admin => ("admin", Some("system:masters")),
+            User::Named(name) => (name, None),
+        };
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        if let Some(group) = group {
+            let organization = DnType::OrganizationName;
+            params.distinguished_name.push(organization, group);
+        }
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        let certificate = params.signed_by(&key, &self.authority)?;
+        let write = |end: &str, text: String| -> Result<PathBuf> {
+            let path = self.folder.path().join(format!("{name}.{end}"));
+            fs::write(&path, text)?;
+            Ok(path)
+        };
+        let user = json!({
+            "client-certificate": write("crt", certificate.pem())?,
+            "client-key": write("key", key.serialize_pem())?,
+        });
+        // JSON is YAML.
+        Ok(self.kubeconfig_text(port, &user).to_string())
+    }
+
+    fn kubeconfig_text(&self, port: u16, user: &serde_json::Value) -> serde_json::Value {
+        json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "lab",
+            "clusters": [{"name": "lab", "cluster": {
+                "server": format!("https://127.0.0.1:{port}"),
+                "certificate-authority": self.folder.path().join("ca.crt"),
+            }}],
+            "users": [{"name": "user", "user": user}],
+            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "user"}}],
+        })
+    }
+
+    /// Where the API server listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+}
+
+/// A second API server on the same etcd.
+pub struct Second {
+    /// Its client, of the admin.
+    pub client: Client,
+    _api: Running,
+}
+
+/// The CA and the server's certificate, as files.
+fn certificates(folder: &Path) -> Result<Authority> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name.push(DnType::CommonName, "lab");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
+    let key = KeyPair::generate()?;
+    let names = ["127.0.0.1", "localhost", "10.96.0.1"].map(str::to_owned);
+    let mut params = CertificateParams::new(names)?;
+    params.distinguished_name.push(DnType::CommonName, "api");
+    let server = params.signed_by(&key, &authority)?;
+    let files = [
+        ("ca.crt", authority.pem()),
+        ("server.crt", server.pem()),
+        ("server.key", key.serialize_pem()),
+    ];
+    for (name, text) in files {
+        fs::write(folder.join(name), text).with_context(|| format!("write {name}"))?;
+    }
+    Ok(authority)
+}
+
+/// A program of Kubernetes: ends when the thread ends that started it, in whatever way.
+///
+/// # Errors
+/// It is not there.
+pub fn program(name: &str) -> Result<Command> {
+    let folder = ["WHYDROP_KUBE_PROGRAMS", "KUBEBUILDER_ASSETS"]
+        .iter()
+        .find_map(std::env::var_os)
+        .map_or_else(
+            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/kube/bin"),
+            PathBuf::from,
+        );
+    let path = folder.join(name);
+    ensure!(
+        path.is_file(),
+        "{} is not there: `cargo xtask test kube` builds it, or KUBEBUILDER_ASSETS names its folder",
+        path.display()
+    );
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(path);
+    Ok(command)
+}
+
+fn start(mut command: Command, log: &Path) -> Result<Running> {
+    let file = File::create(log).with_context(|| format!("create {}", log.display()))?;
+    command
+        .stdin(Stdio::null())
+        .stdout(file.try_clone()?)
+        .stderr(file);
+    let child = command.spawn();
+    Ok(Running(
+        child.with_context(|| format!("start {command:?}"))?,
+    ))
+}
+
+/// Free a moment ago; whoever takes it in between makes the start fail, loudly.
+fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}
