@@ -115,6 +115,26 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Starts an agent inside a network namespace that learns its objects from the cluster of a
+    /// kubeconfig; ready does not mean that it knows them.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub fn start_in_cluster(
+        netns: &str,
+        node: &str,
+        kubeconfig: &Path,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let empty = tempfile::tempdir().context("make a temporary directory")?;
+        let path = format!("--net=/run/netns/{netns}");
+        let kubeconfig = format!("KUBECONFIG={}", kubeconfig.display());
+        let wrapper = ["nsenter", &path, "env", &kubeconfig];
+        let agent = Self::spawn_in(Some(netns), empty, &wrapper, node, arguments)?;
+        agent.follow()?;
+        Ok(agent)
+    }
+
     /// As [`Agent::start_with`], but nobody follows its events: for what is measured.
     ///
     /// # Errors
@@ -167,11 +187,15 @@ impl Agent {
                 command
             }
         };
+        command.args(["agent", "--node-name", node]);
+        match path("objects.yaml").exists() {
+            true => command
+                .args(["--cluster", "none", "--objects"])
+                .arg(path("objects.yaml")),
+            false => command.args(["--cluster", "kube"]),
+        };
         let child = command
-            .args(["agent", "--cluster", "none", "--node-name", node])
             .args(["--listen", &listen.to_string()])
-            .arg("--objects")
-            .arg(path("objects.yaml"))
             .arg("--socket")
             .arg(path("agent.sock"))
             .args(arguments)

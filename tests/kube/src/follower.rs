@@ -10,6 +10,7 @@ use kube::Config;
 use whydrop::cluster::ObjectKind;
 use whydrop::cluster::index::Holder;
 use whydrop::cluster::watch::{self, Reach, Times};
+use whydrop::event::Endpoint;
 use whydrop::record::{Detail, Record};
 use whydrop::senders::Senders;
 use whydrop::state::State;
@@ -32,14 +33,19 @@ impl Drop for Follower {
 impl Follower {
     /// Follows a configuration.
     pub fn start(config: Config) -> Self {
-        Self::with(move || {
+        Self::reaching(config, Reach::Cluster)
+    }
+
+    /// Follows a configuration, and these pods of it.
+    pub fn reaching(config: Config, reach: Reach) -> Self {
+        Self::with(reach, move || {
             let config = config.clone();
             async move { Ok(config) }
         })
     }
 
     /// Follows by a configuration that is asked for each time that it connects.
-    pub fn with<F>(configuration: impl Fn() -> F + Send + Sync + 'static) -> Self
+    pub fn with<F>(reach: Reach, configuration: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = Result<Config, String>> + Send + 'static,
     {
@@ -53,7 +59,7 @@ impl Follower {
         let run = watch::run(
             state.clone(),
             times,
-            Reach::Cluster,
+            reach,
             configuration,
             std::future::pending(),
         );
@@ -74,6 +80,30 @@ impl Follower {
             assert!(Instant::now() < deadline, "not so: {what}; {status:#}");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// Says that something concerns an address, as the pipeline does; whether its name is awaited.
+    pub fn concerns(&self, ip: &str) -> bool {
+        let mut end = Endpoint {
+            ip: ip.parse().ok(),
+            ..Endpoint::default()
+        };
+        let index = self.state.index();
+        index.name(&mut end, None, Timestamp::now());
+        let knows_ranges = index.knows_pod_ranges();
+        drop(index);
+        self.state
+            .awaited
+            .awaits(&end, knows_ranges, Instant::now())
+    }
+
+    /// What came of look-ups by address, by result.
+    pub fn lookups(&self, result: &str) -> u64 {
+        let counts = self.state.lookups.counts();
+        counts
+            .iter()
+            .find(|(r, _)| *r == result)
+            .map_or(0, |(_, n)| *n)
     }
 
     /// How many objects of a kind it knows, by the kind's plural.

@@ -5,4 +5,5 @@
 
 pub mod follower;
 pub mod objects;
+pub mod proxy;
 pub mod server;

@@ -10,6 +10,7 @@ use kube::Api;
 use kube::api::PostParams;
 use serde_json::json;
 use whydrop::cluster::ObjectKind;
+use whydrop::cluster::watch::Reach;
 use whydrop_kube_tests::follower::Follower;
 use whydrop_kube_tests::objects::{create, delete, namespace, pod};
 use whydrop_kube_tests::server::{Server, User};
@@ -277,4 +278,75 @@ async fn a_hundred_namespaces_go_at_once() {
         assert_eq!(follower.now(&ip), None);
         assert_eq!(follower.holder(&ip, before).as_deref(), Some("web"));
     }
+}
+
+#[tokio::test]
+async fn pods_of_other_nodes_are_asked_for_by_their_address() {
+    let server = Server::start().await.unwrap();
+    let admin = server.client(User::Admin).await.unwrap();
+    create(&admin, &namespace("shop")).await.unwrap();
+    create(&admin, &pod("shop", "near", "node-a", "10.1.0.7"))
+        .await
+        .unwrap();
+    for n in 1..=40 {
+        let (name, ip) = (format!("far-{n}"), format!("10.2.0.{n}"));
+        create(&admin, &pod("shop", &name, "node-b", &ip))
+            .await
+            .unwrap();
+    }
+    let config = server.config(User::Admin).await.unwrap();
+    let follower = Follower::reaching(config.clone(), Reach::Node);
+    follower.until("listed", |f| f.works("cluster-pods")).await;
+    assert_eq!(follower.count("pods"), 1);
+    assert_eq!(follower.now("10.1.0.7").as_deref(), Some("near"));
+    // Its own are watched, the others looked up: once, however often it is concerned.
+    assert!(!follower.concerns("10.1.0.7"));
+    follower
+        .until("far is found", |f| {
+            f.concerns("10.2.0.1");
+            f.now("10.2.0.1").as_deref() == Some("far-1")
+        })
+        .await;
+    assert!(!follower.concerns("10.2.0.1"), "it has its name");
+    assert_eq!(follower.lookups("found"), 1);
+    // Nobody's address is known to be nobody's before patience ends.
+    assert!(follower.concerns("192.0.2.9"));
+    follower
+        .until("nobody is known", |f| f.lookups("none") == 1)
+        .await;
+    assert!(
+        !follower.concerns("192.0.2.9"),
+        "asked in vain a moment ago"
+    );
+    // A burst is limited, and the rest counted.
+    for n in 2..=40 {
+        follower.concerns(&format!("10.2.0.{n}"));
+    }
+    follower
+        .until("all were answered or not asked", |f| {
+            f.lookups("found") + f.lookups("limited") == 40
+        })
+        .await;
+    assert!(
+        follower.lookups("limited") >= 10,
+        "{}",
+        follower.lookups("limited")
+    );
+    // What was found is believed for a while only: the pod may be gone, and the address another's.
+    delete(&admin, &pod("shop", "far-1", "node-b", ""))
+        .await
+        .unwrap();
+    create(&admin, &pod("shop", "next", "node-b", "10.2.0.1"))
+        .await
+        .unwrap();
+    follower
+        .until("the next one is found", |f| {
+            f.concerns("10.2.0.1");
+            f.now("10.2.0.1").as_deref() == Some("next")
+        })
+        .await;
+    // Few pods: all of them are watched.
+    let all = Follower::reaching(config, Reach::Auto);
+    all.until("all", |f| f.count("pods") == 41).await;
+    assert!(!all.concerns("192.0.2.9"));
 }

@@ -1,0 +1,303 @@
+//! Two nodes whose pods are network namespaces, their objects in a real API server, their Services by a
+//! real kube-proxy, and an agent that finds everything out by itself.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use kube::Client;
+use kube::api::{Patch, PatchParams};
+use serde_json::{Value, json};
+use whydrop::event::{EndpointKind, Line};
+use whydrop_kube_tests::objects::{api, create, create_all, delete};
+use whydrop_kube_tests::proxy::{Mode, Proxy};
+use whydrop_kube_tests::server::{Server, User};
+use whydrop_tests::agent::Agent;
+use whydrop_tests::counters;
+use whydrop_tests::expect::{Row, expect};
+use whydrop_tests::lab::{Family, Host, Lab, Place};
+use whydrop_tests::scene::{TCP_PORT, UDP_PORT};
+use whydrop_tests::traffic::{self, Connect};
+use whydrop_tests::watching::wait_for;
+use whydrop_tests::{objects, on_both_families};
+
+on_both_families!(by_nftables, by_iptables);
+
+/// A lab whose router is a node with an API server.
+struct Cluster {
+    agent: Agent,
+    _proxy: Proxy,
+    server: Server,
+    client: Client,
+    lab: Lab,
+    family: Family,
+}
+
+/// The lab's objects: the server's pod is another node's, and the client's is a Deployment's.
+fn cluster_objects(lab: &Lab) -> Value {
+    let mut list = objects::list(lab);
+    let items = list["items"].as_array_mut().expect("items");
+    items.push(json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-b"},
+        "status": {"addresses": [{"type": "InternalIP", "address": "192.0.2.2"}]},
+    }));
+    for item in items {
+        let name = item["metadata"]["name"].clone();
+        if item["kind"] == "Service" {
+            item["spec"]["ipFamilyPolicy"] = "RequireDualStack".into();
+        }
+        if item["kind"] != "Pod" {
+            continue;
+        }
+        // As a kubelet writes it before the pod has its addresses.
+        item["status"]["startTime"] = "2026-01-01T00:00:00Z".into();
+        if name == "server" {
+            item["spec"]["nodeName"] = "node-b".into();
+        }
+        if name == "client" {
+            item["metadata"]["labels"]["pod-template-hash"] = "7d9f8c6b5".into();
+            item["metadata"]["ownerReferences"] = json!([{
+                "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "shop-7d9f8c6b5",
+                "uid": "b3f4", "controller": true,
+            }]);
+        }
+    }
+    list
+}
+
+fn list_of<'a>(list: &'a Value, kind: &str, name: &str) -> &'a Value {
+    let mut items = list["items"].as_array().into_iter().flatten();
+    items
+        .find(|item| item["kind"] == kind && item["metadata"]["name"] == name)
+        .expect("an object of the lab")
+}
+
+impl Cluster {
+    /// In the router's namespace.
+    async fn start(lab: Lab, family: Family, mode: Mode, arguments: &[&str]) -> Result<Self> {
+        let [high, low] = lab.id().to_be_bytes();
+        // Of the lab's own ranges, the parts with its Service.
+        let ranges = [
+            format!("10.{}.{low}.112/28", 64 + high),
+            format!("fd77:d0b:{:x}:7::/108", lab.id()),
+        ];
+        let server = Server::start_with(&ranges.join(",")).await?;
+        let client = server.client(User::Admin).await?;
+        create_all(&client, &cluster_objects(&lab)).await?;
+        let kubeconfig = server.kubeconfig(User::Admin)?;
+        let service = lab.address(Place::Service, family).to_string();
+        let proxy = Proxy::start(&lab, &kubeconfig, mode, &service)?;
+        let netns = lab.netns(Host::Router);
+        let agent = Agent::start_in_cluster(&netns, &lab.node(), &kubeconfig, arguments)?;
+        Ok(Self {
+            agent,
+            _proxy: proxy,
+            server,
+            client,
+            lab,
+            family,
+        })
+    }
+
+    /// Waits until the agent knows so many objects of a kind.
+    fn knows(&self, kind: &str, count: usize) -> Result<()> {
+        wait_for(&format!("{count} {kind} are known"), || {
+            let metrics = self.agent.metrics().unwrap_or_default();
+            metrics.iter().any(|sample| {
+                sample.name == "whydrop_index_objects"
+                    && sample.label("kind") == kind
+                    && sample.value == count as f64
+            })
+        })
+        .with_context(|| self.agent.log())
+    }
+
+    fn connect(&self, to: Place) -> Connect {
+        let to = self.lab.socket(to, self.family, TCP_PORT);
+        self.lab.within(Host::Client, || traffic::connect(to))
+    }
+
+    fn datagrams(&self, packets: u64) -> Result<()> {
+        let to = self.lab.socket(Place::Service, self.family, UDP_PORT);
+        let send = || traffic::udp_burst(to, packets, 3, b"datagram");
+        let sent = self.lab.within(Host::Client, send)?;
+        ensure!(sent.accepted == packets, "sent {sent:?}");
+        Ok(())
+    }
+
+    fn counted(&self, name: &str) -> Result<u64> {
+        counters::nft(&self.lab, Host::Router, name)
+    }
+}
+
+/// Drops what the client sends to the server's own address, which is where Services lead.
+fn drops(lab: &Lab, family: Family) -> Result<()> {
+    let (ip, server) = (family.nft(), lab.address(Place::Of(Host::Server), family));
+    lab.nft(
+        Host::Router,
+        &format!(
+            "table inet lab {{
+               counter datagrams {{ }}
+               counter syns {{ }}
+               chain c {{ type filter hook forward priority 0;
+                 {ip} daddr {server} udp dport {UDP_PORT} counter name datagrams drop
+                 {ip} daddr {server} tcp dport {TCP_PORT} counter name syns drop
+               }}
+             }}"
+        ),
+    )
+}
+
+fn by_nftables(family: Family) -> Result<()> {
+    in_cluster(family, Mode::Nftables)
+}
+
+fn by_iptables(family: Family) -> Result<()> {
+    in_cluster(family, Mode::Iptables)
+}
+
+fn in_cluster(family: Family, mode: Mode) -> Result<()> {
+    let lab = Lab::new()?;
+    drops(&lab, family)?;
+    let node = lab.netns(Host::Router);
+    // Sockets and processes of this thread are the node's.
+    whydrop_tests::lab::enter(&node)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let mut cluster = Cluster::start(lab, family, mode, &["--watch", "cluster"]).await?;
+        names_and_services(&mut cluster).await?;
+        an_address_that_comes_late(&cluster).await
+    })
+}
+
+async fn names_and_services(cluster: &mut Cluster) -> Result<()> {
+    let list = cluster_objects(&cluster.lab);
+    cluster.knows("pods", objects::PODS.len())?;
+    cluster.knows("endpointslices", 2)?;
+    let service = format!("{}/server", cluster.lab.namespace());
+    for _ in 0..3 {
+        ensure!(cluster.connect(Place::Service) == Connect::Silent);
+    }
+    ensure!(cluster.connect(Place::Of(Host::Server)) == Connect::Silent);
+    cluster.datagrams(30)?;
+    let (syns, datagrams) = (cluster.counted("syns")?, cluster.counted("datagrams")?);
+    ensure!(
+        (syns, datagrams) == (4, 30),
+        "nft counted {syns} and {datagrams}"
+    );
+    let mut rows = vec![
+        Row::dropped("client", "server", 3).syn().service(&service),
+        Row::dropped("client", "server", 1).syn(),
+        Row::dropped("client", "server", 30)
+            .protocol("UDP")
+            .service(&service),
+    ];
+    expect(&cluster.lab, &cluster.agent, &rows)?;
+    let metrics = cluster.agent.metrics()?;
+    let syns = metrics.iter().find(|sample| {
+        sample.name == "whydrop_silent_drops_total" && sample.label("kind") == "syn"
+    });
+    let workload = syns.map(|sample| sample.label("source_workload"));
+    ensure!(
+        workload == Some("shop"),
+        "the Deployment through its ReplicaSet: {workload:?}"
+    );
+    // Without the API server everything goes on, with the names of before.
+    cluster.server.kill_api();
+    wait_for("the outage is seen", || {
+        let metrics = cluster.agent.metrics().unwrap_or_default();
+        let is_down = |s: &whydrop_tests::agent::Sample| {
+            s.name == "whydrop_source_up" && s.label("source") == "cluster" && s.value == 0.0
+        };
+        metrics.iter().any(is_down)
+    })?;
+    cluster.datagrams(6)?;
+    rows[2] = Row::dropped("client", "server", 36)
+        .protocol("UDP")
+        .service(&service);
+    expect(&cluster.lab, &cluster.agent, &rows)?;
+    cluster.server.start_api().await?;
+    // The address changes hands, from one second to the next.
+    let old = list_of(&list, "Pod", "server").clone();
+    delete(&cluster.client, &old).await?;
+    let mut new = old;
+    new["metadata"]["name"] = "server-new".into();
+    new["status"]["startTime"] = jiff::Timestamp::now().to_string().into();
+    create(&cluster.client, &new).await?;
+    // Named as soon as the watch has told: each of these is one pod's or the other's, and none nobody's.
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    let mut sent = 36;
+    loop {
+        cluster.datagrams(3)?;
+        sent += 3;
+        whydrop_tests::expect::barrier(&cluster.lab, &cluster.agent)?;
+        let metrics = cluster.agent.metrics()?;
+        let of = |pod: &str| -> f64 {
+            let samples = metrics.iter().filter(|sample| {
+                sample.name == "whydrop_silent_drops_total"
+                    && sample.label("destination_pod") == pod
+                    && sample.label("protocol") == "UDP"
+                    && sample.label("destination_service") == service
+            });
+            samples.map(|sample| sample.value).sum()
+        };
+        ensure!(
+            of("server") + of("server-new") == f64::from(sent),
+            "{metrics:?}"
+        );
+        if of("server-new") > 0.0 {
+            return Ok(());
+        }
+        ensure!(
+            std::time::Instant::now() < deadline,
+            "server-new gets no drop"
+        );
+    }
+}
+
+/// The client's pod sends before the API server knows its address.
+async fn an_address_that_comes_late(cluster: &Cluster) -> Result<()> {
+    let list = cluster_objects(&cluster.lab);
+    let mut pod = list_of(&list, "Pod", "client").clone();
+    delete(&cluster.client, &pod).await?;
+    cluster.knows("pods", objects::PODS.len() - 1)?;
+    pod["metadata"]["name"] = "late".into();
+    // The API has whole seconds: it begins before what it sends.
+    let started = jiff::Timestamp::now().as_second();
+    pod["status"]["startTime"] = jiff::Timestamp::from_second(started)?.to_string().into();
+    let status = pod["status"].clone();
+    pod["status"] = json!({"phase": "Pending", "startTime": status["startTime"]});
+    create(&cluster.client, &pod).await?;
+    cluster.knows("pods", objects::PODS.len())?;
+    let before = cluster.agent.lines().len();
+    cluster.datagrams(3)?;
+    let patch = Patch::Merge(json!({ "status": status }));
+    let pods = api(&cluster.client, &pod)?;
+    pods.patch_status("late", &PatchParams::default(), &patch)
+        .await?;
+    wait_for("the drops have the late pod's name", || {
+        let lines = cluster.agent.lines();
+        let named = lines[before..].iter().filter(|line| match line {
+            Line::Event(event) => event.source.pod.as_deref() == Some("late"),
+            Line::Lost(_) => false,
+        });
+        named.count() >= 3
+    })
+    .with_context(|| cluster.agent.log())?;
+    let nameless = cluster.agent.lines()[before..]
+        .iter()
+        .any(|line| match line {
+            Line::Event(event) => event.source.kind == Some(EndpointKind::Unknown),
+            Line::Lost(_) => false,
+        });
+    ensure!(!nameless, "a drop was told before its name was known");
+    let metrics = cluster.agent.metrics()?;
+    let late: f64 = metrics
+        .iter()
+        .filter(|s| s.name == "whydrop_silent_drops_total" && s.label("source_pod") == "late")
+        .map(|s| s.value)
+        .sum();
+    ensure!(late == 3.0, "the counters have {late} of the late pod");
+    Ok(())
+}
