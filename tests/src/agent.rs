@@ -135,6 +135,16 @@ impl Agent {
         Ok(agent)
     }
 
+    /// As [`Agent::start_in_cluster`], in this network namespace; nobody follows its events.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub fn start_with_cluster(node: &str, kubeconfig: &Path, arguments: &[&str]) -> Result<Self> {
+        let empty = tempfile::tempdir().context("make a temporary directory")?;
+        let kubeconfig = format!("KUBECONFIG={}", kubeconfig.display());
+        Self::spawn(empty, &["env", &kubeconfig], node, arguments)
+    }
+
     /// As [`Agent::start_with`], but nobody follows its events: for what is measured.
     ///
     /// # Errors

@@ -5,8 +5,11 @@ use anyhow::Result;
 use crate::{
     build,
     command::{cargo, run as execute},
-    setup,
+    kube, setup,
 };
+
+/// The benchmark that needs an API server, and is a program of its own for that.
+const CLUSTER: &str = "cluster";
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -16,18 +19,25 @@ pub struct Args {
 
 /// Sets up, builds and runs the benchmarks; their exit code goes through.
 pub fn run(args: &Args) -> Result<()> {
-    setup::run()?.ready_to_build()?;
+    setup::run()?.with_kube().ready_to_build()?;
     build::release()?;
-    execute(
-        cargo("run")
-            .args([
-                "--release",
-                "--package",
-                "whydrop-tests",
-                "--bin",
-                "bench",
-                "--",
-            ])
-            .args(&args.name),
-    )
+    if args.name.as_deref() != Some(CLUSTER) {
+        execute(
+            cargo("run")
+                .args(["--release", "--package=whydrop-tests", "--bin=bench", "--"])
+                .args(&args.name),
+        )?;
+    }
+    if args.name.as_deref().is_none_or(|name| name == CLUSTER) {
+        execute(
+            cargo("run")
+                .args([
+                    "--release",
+                    "--package=whydrop-kube-tests",
+                    "--bin=bench_cluster",
+                ])
+                .env("WHYDROP_KUBE_PROGRAMS", kube::programs()?),
+        )?;
+    }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 //! `cargo xtask test kube` builds the programs and runs the tests; they are Kubernetes' own, at the
 //! version of go.mod beside this package.
 
+pub mod bench;
 pub mod follower;
 pub mod objects;
 pub mod proxy;

@@ -52,6 +52,8 @@ pub struct Server {
     /// Of the API server that can be killed; a kubeconfig names it.
     port: u16,
     service_ranges: String,
+    /// Whose requests are written down.
+    audited: Option<&'static str>,
     api: Option<Running>,
     _etcd: Running,
     folder: TempDir,
@@ -72,6 +74,18 @@ impl Server {
     /// # Errors
     /// As [`Server::start`].
     pub async fn start_with(service_ranges: &str) -> Result<Self> {
+        Self::start_as(service_ranges, None).await
+    }
+
+    /// As [`Server::start`]; each request of a user is written down.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub async fn start_audited(user: &'static str) -> Result<Self> {
+        Self::start_as(SERVICE_RANGE, Some(user)).await
+    }
+
+    async fn start_as(service_ranges: &str, audited: Option<&'static str>) -> Result<Self> {
         let folder = tempfile::tempdir().context("make a temporary folder")?;
         let authority = certificates(folder.path())?;
         let socket = folder.path().join("etcd.sock");
@@ -91,6 +105,7 @@ impl Server {
             authority,
             port: free_port()?,
             service_ranges: service_ranges.to_owned(),
+            audited,
             api: None,
             _etcd: etcd,
             folder,
@@ -149,7 +164,47 @@ impl Server {
             .args(["--authorization-mode=RBAC", "--profiling=false"])
             // Nobody makes the ServiceAccounts that pods would get.
             .arg("--disable-admission-plugins=ServiceAccount");
+        if let Some(user) = self.audited {
+            let policy = json!({
+                "apiVersion": "audit.k8s.io/v1", "kind": "Policy",
+                "omitStages": ["ResponseStarted", "ResponseComplete", "Panic"],
+                "rules": [{"level": "Metadata", "users": [user]}, {"level": "None"}],
+            });
+            fs::write(folder.join("audit.yaml"), policy.to_string())?;
+            api.arg("--audit-policy-file")
+                .arg(file("audit.yaml"))
+                .arg("--audit-log-path")
+                .arg(file("audit.log"));
+        }
         start(api, &folder.join(log))
+    }
+
+    /// The requests of the audited user so far: verb and path with its query.
+    ///
+    /// # Errors
+    /// They are not written down.
+    pub fn audited(&self) -> Result<Vec<String>> {
+        let log = fs::read_to_string(self.folder.path().join("audit.log"))?;
+        log.lines()
+            .map(|line| {
+                let entry: serde_json::Value = serde_json::from_str(line)?;
+                let text = |name: &str| entry[name].as_str().unwrap_or_default();
+                Ok(format!("{} {}", text("verb"), text("requestURI")))
+            })
+            .collect()
+    }
+
+    /// As [`Server::kubeconfig`], but through another port of this machine.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn kubeconfig_through(&self, port: u16, user: User) -> Result<PathBuf> {
+        let path = self
+            .folder
+            .path()
+            .join(format!("through-{port}.kubeconfig"));
+        fs::write(&path, self.kubeconfig_at(port, user)?)?;
+        Ok(path)
     }
 
     async fn ready(&self, api: &mut Running, port: u16, log: &str) -> Result<()> {

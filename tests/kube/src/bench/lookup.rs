@@ -1,0 +1,53 @@
+//! From an address to its names, in an index of a large cluster.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use jiff::Timestamp;
+use whydrop::cluster::Index;
+use whydrop::cluster::objects::Interner;
+use whydrop::cluster::parse::parse;
+use whydrop::event::{Endpoint, Protocol};
+use whydrop_tests::bench::report::{Must, Report, median};
+
+use super::objects;
+
+const PODS: usize = 150_000;
+const LOOKUPS: usize = 200_000;
+const ROUNDS: usize = 5;
+
+/// Addresses of pods in an order that no cache likes.
+pub fn measure(report: &mut Report) {
+    let mut strings = Interner::default();
+    let mut index = Index::default();
+    let pods = (0..PODS).map(objects::pod);
+    let services = (0..PODS / 10).map(objects::service);
+    let parsed = pods
+        .chain(services)
+        .filter_map(|value| parse(&value, None).ok()?);
+    let objects: Vec<_> = parsed.map(|parsed| parsed.strip(&mut strings)).collect();
+    index.load(objects, Timestamp::now());
+    let at = Timestamp::now();
+    let round = || {
+        let started = Instant::now();
+        for n in 0..LOOKUPS {
+            // A prime apart: every look-up is of another pod.
+            let n = n * 7_919 % PODS;
+            let mut end = Endpoint {
+                ip: Some([10, 128 + (n >> 16) as u8, (n >> 8) as u8, n as u8].into()),
+                port: Some(8080),
+                ..Endpoint::default()
+            };
+            index.name(&mut end, Some(Protocol::TCP), at);
+            assert!(black_box(&end).pod.is_some(), "{end:?}");
+        }
+        started.elapsed().as_nanos() as f64 / LOOKUPS as f64
+    };
+    let rounds: Vec<f64> = (0..ROUNDS).map(|_| round()).collect();
+    report.figure(
+        "naming an end, 150,000 pods",
+        median(&rounds),
+        "ns",
+        Must::Below(1_000.0),
+    );
+}
