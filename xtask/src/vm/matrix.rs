@@ -428,6 +428,9 @@ impl Plan {
         } else if self.labs.iter().any(|(lab, _)| *lab == ran.name) {
             let tests = steps::tests(&ran.lines);
             shown.passed += tests.passed;
+            if tests.passed == 0 && tests.failed.is_empty() {
+                shown.wrong.push(format!("{}: no test ran", ran.name));
+            }
             if !tests.failed.is_empty() || ran.code != Some(0) {
                 let from = ran.lines.iter().position(|line| line == "failures:");
                 shown.wrong.push(format!(
