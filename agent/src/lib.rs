@@ -9,6 +9,7 @@
 //! | [`cluster`] | Kubernetes objects | an index: who held this address at that time |
 //! | [`mod@enrich`] | a drop and the index | a named [`event::Event`] |
 //! | [`awaited`], [`held`] | an end without a name yet | the same a moment later, with it |
+//! | [`explain`] | an event and the policies of the moment | its explanation |
 //! | [`recent`] | drops of first packets | which attempts they were of |
 //! | [`policy`] | objects and a flow | which NetworkPolicy denies it, and what is missing |
 //! | [`record`] | events | counters of pairs |
@@ -24,6 +25,7 @@ pub mod cluster;
 pub mod decode;
 pub mod enrich;
 pub mod event;
+pub mod explain;
 pub mod held;
 pub mod output;
 pub mod pipeline;

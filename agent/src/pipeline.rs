@@ -25,6 +25,7 @@ use crate::decode::late::{Late, Settled};
 use crate::decode::{self, Decoder, Flow};
 use crate::enrich::{enrich, enrich_attempt, name_host_network_pod, pod_of_namespace};
 use crate::event::{Cause, Endpoint, EndpointKind, Event, Kind, Line, Lost, LostStage, Outcome};
+use crate::explain::Explainer;
 use crate::held::Held;
 use crate::recent::{Known, RecentDrops};
 use crate::senders::{ConnectResult, What};
@@ -84,6 +85,7 @@ pub struct Pipeline {
     /// Drops and counts with an end whose name is awaited.
     held_drops: Held<decode::Drop>,
     held_counts: Held<Settled>,
+    explainer: Explainer,
     /// Packets that had an event of their own, by the generation that counts them; two or three.
     said: BTreeMap<u64, HashMap<FlowKey, Fates>>,
     unsaid: HashMap<FlowKey, (Fates, Timestamp)>,
@@ -102,6 +104,7 @@ impl Pipeline {
         knows_neighbours: bool,
     ) -> Self {
         Self {
+            explainer: Explainer::new(state.clone()),
             state,
             decoder,
             pod_of_cgroup,
@@ -146,6 +149,12 @@ impl Pipeline {
                 .full
                 .fetch_add(1, Ordering::Relaxed);
         }
+        self.publish(event, now);
+    }
+
+    /// Explains an event and publishes it.
+    fn publish(&mut self, mut event: Event, now: Instant) {
+        event.explanation = self.explainer.explain(&event, now);
         self.state.stream.publish(Arc::new(Line::Event(event)));
     }
 
@@ -166,7 +175,7 @@ impl Pipeline {
         for (drop, _) in ready {
             let event = self.named(drop);
             self.note_wait(&event);
-            self.state.stream.publish(Arc::new(Line::Event(event)));
+            self.publish(event, now);
         }
         let mut held = std::mem::replace(&mut self.held_counts, Held::new(0));
         let ready = held.ready(now, |settled| !self.counts_await(settled, now));
@@ -304,7 +313,7 @@ impl Pipeline {
             let what = What::Connect(ConnectResult::Unanswered);
             lock(&self.state.senders).add(&event.source, what, 1, 0, now);
         }
-        self.state.stream.publish(Arc::new(Line::Event(event)));
+        self.publish(event, now);
     }
 
     /// Names what an address does not tell: a pod of the node's own network by the sender's cgroup, and
@@ -443,7 +452,9 @@ impl Pipeline {
         for (outcome, packets) in [(Outcome::Dropped, dropped), (Outcome::Rejected, rejected)] {
             if packets > 0 {
                 let drop = self.decoder.counted(&key, outcome, packets, until);
-                let event = self.named(drop);
+                let mut event = self.named(drop);
+                event.explanation = self.explainer.explain(&event, now);
+                self.state.denials.add(&event);
                 let reason = self.label(key.reason, key.location);
                 lock(&self.state.record).add(&event, reason, now);
             }

@@ -10,6 +10,7 @@ use crate::awaited::Awaited;
 use crate::cluster::watch::lookups;
 use crate::cluster::{Index, ObjectKind};
 use crate::event::Outcome;
+use crate::explain::denials::Denials;
 use crate::output::stream::Stream;
 use crate::record::listen::ListenDrops;
 use crate::record::{Pair, Record};
@@ -54,6 +55,8 @@ pub struct State {
     pub observing: AtomicBool,
     /// Addresses whose names are awaited.
     pub awaited: Awaited,
+    /// Packets that policies denied.
+    pub denials: Denials,
     /// What came of asking for pods by their address.
     pub lookups: lookups::Totals,
 }
@@ -177,6 +180,7 @@ impl State {
             drainer: OnceLock::new(),
             observing: AtomicBool::new(false),
             awaited: Awaited::default(),
+            denials: Denials::default(),
             lookups: lookups::Totals::default(),
         }
     }

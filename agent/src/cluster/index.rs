@@ -47,6 +47,7 @@ pub struct Index {
     /// Addresses in endpoints by port, and how many objects list them.
     endpoints: HashMap<Port, HashMap<IpAddr, u32>>,
     pod_ranges: Ranges,
+    revision: u64,
 }
 
 /// Who has an address.
@@ -109,6 +110,10 @@ impl Index {
         if old.is_none() {
             self.count(object.key(), 1);
         }
+        // Most changes of pods are of what is not kept.
+        if old.as_ref() != Some(&object) {
+            self.revision += 1;
+        }
         match (&old, &object) {
             (Some(Object::Pod(old)), Object::Pod(new)) => self.pod(Some(old), Some(new), seen),
             (_, Object::Pod(new)) => self.pod(None, Some(new), seen),
@@ -136,6 +141,7 @@ impl Index {
             return;
         };
         self.count(key, -1);
+        self.revision += 1;
         let seen = Seen { at, first: false };
         match &old {
             Object::Pod(old) => self.pod(Some(old), None, seen),
@@ -402,6 +408,16 @@ impl Index {
             namespace: namespace.clone(),
             name: name.clone(),
         })
+    }
+
+    /// How often an object changed in what is kept of it.
+    pub fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// All objects.
+    pub fn objects(&self) -> impl Iterator<Item = &Object> {
+        self.objects.values()
     }
 
     /// The names of all objects of a kind.

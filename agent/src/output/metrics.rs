@@ -415,6 +415,34 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
     counters(
         encoder,
         (
+            "whydrop_policy_denials",
+            "Packets whose drop NetworkPolicies explain, once for each isolating policy",
+        ),
+        state.denials.all().into_iter().map(|(denial, packets)| {
+            let [source, destination] = denial.namespaces;
+            let labels = vec![
+                ("source_namespace", source.to_string().into()),
+                ("destination_namespace", destination.to_string().into()),
+                ("direction", denial.direction.into()),
+                ("policy_namespace", denial.policy.0.into()),
+                ("policy", denial.policy.1.into()),
+                ("finding", denial.finding.into()),
+                ("confidence", denial.confidence.into()),
+            ];
+            (labels, packets)
+        }),
+    )?;
+    counters(
+        encoder,
+        (
+            "whydrop_policy_unexplained",
+            "Packets that were not laid against NetworkPolicies, because too many flows had to be",
+        ),
+        [(Labels::new(), state.denials.unexplained_total())],
+    )?;
+    counters(
+        encoder,
+        (
             "whydrop_lookups",
             "Pods of other nodes that were asked for by their address, by result",
         ),

@@ -65,7 +65,8 @@ pub fn shop_policy(name: &str, rest: &str) -> String {
         .replace("app: pg", "app: web")
 }
 
-const BASE: &str = "
+/// The cluster of [`world`].
+pub const BASE: &str = "
 apiVersion: v1
 kind: Namespace
 metadata: {name: shop, labels: {env: prod}}

@@ -54,12 +54,13 @@ pub fn pod(n: usize) -> Value {
 
 /// A Service of a Deployment.
 pub fn service(n: usize) -> Value {
+    // The first 256 are the API server's own, and those it gives away by itself.
+    let ip = format!("10.96.{}.{}", 1 + (n >> 8), n & 255);
     json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": {"namespace": namespace_name(n), "name": format!("app-{n}"), "resourceVersion": "5",
             "creationTimestamp": "2026-01-01T00:00:00Z"},
-        "spec": {"clusterIP": format!("10.96.{}.{}", n >> 8, n & 255),
-            "clusterIPs": [format!("10.96.{}.{}", n >> 8, n & 255)],
+        "spec": {"clusterIP": ip, "clusterIPs": [ip],
             "selector": {"app": format!("app-{n}")},
             "ports": [{"name": "http", "port": 80, "protocol": "TCP", "targetPort": 8080}]},
     })
