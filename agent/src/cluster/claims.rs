@@ -37,8 +37,13 @@ pub struct Claims<K, T> {
 #[derive(Debug)]
 struct Slot<T> {
     last: Claim<T>,
-    earlier: Vec<Claim<T>>,
+    /// Hardly any key has one; a list in itself would be the larger part of what most keys take.
+    earlier: Option<Box<Earlier<T>>>,
 }
+
+/// Never empty.
+#[derive(Debug)]
+struct Earlier<T>(Vec<Claim<T>>);
 
 #[derive(Debug)]
 struct Claim<T> {
@@ -94,7 +99,7 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
             Entry::Vacant(entry) => {
                 entry.insert(Slot {
                     last: claim,
-                    earlier: Vec::new(),
+                    earlier: None,
                 });
             }
             Entry::Occupied(mut entry) => entry.get_mut().add(claim),
@@ -130,7 +135,8 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
 
     fn lasting(&mut self, key: &K, owner: &Arc<T>) -> Option<&mut Claim<T>> {
         let slot = self.by_key.get_mut(key)?;
-        let mut claims = std::iter::once(&mut slot.last).chain(&mut slot.earlier);
+        let earlier = slot.earlier.iter_mut().flat_map(|earlier| &mut earlier.0);
+        let mut claims = std::iter::once(&mut slot.last).chain(earlier);
         claims.find(|c| c.to_ns == LASTS && Arc::ptr_eq(&c.owner, owner))
     }
 
@@ -163,12 +169,19 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
         let Some(slot) = self.by_key.get_mut(key) else {
             return;
         };
+        let Some(earlier) = &mut slot.earlier else {
+            if slot.last.id == id {
+                self.by_key.remove(key);
+            }
+            return;
+        };
         if slot.last.id != id {
-            slot.earlier.retain(|c| c.id != id);
-        } else if let Some(claim) = slot.earlier.pop() {
+            earlier.0.retain(|c| c.id != id);
+        } else if let Some(claim) = earlier.0.pop() {
             slot.last = claim;
-        } else {
-            self.by_key.remove(key);
+        }
+        if earlier.0.is_empty() {
+            slot.earlier = None;
         }
     }
 
@@ -185,18 +198,25 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
 
 impl<T> Slot<T> {
     fn add(&mut self, claim: Claim<T>) {
+        let earlier = self
+            .earlier
+            .get_or_insert_with(|| Box::new(Earlier(Vec::new())));
         if self.last.from_ns <= claim.from_ns {
-            self.earlier.push(std::mem::replace(&mut self.last, claim));
+            earlier.0.push(std::mem::replace(&mut self.last, claim));
         } else {
-            let place = self.earlier.partition_point(|c| c.from_ns <= claim.from_ns);
-            self.earlier.insert(place, claim);
+            let place = earlier.0.partition_point(|c| c.from_ns <= claim.from_ns);
+            earlier.0.insert(place, claim);
         }
     }
 
     /// The owners at a time, the one who is believed first.
     fn holding(&self, at: Timestamp) -> impl Iterator<Item = &Arc<T>> {
         let at_ns = ns(at);
-        let claims = std::iter::once(&self.last).chain(self.earlier.iter().rev());
+        let earlier = self
+            .earlier
+            .iter()
+            .flat_map(|earlier| earlier.0.iter().rev());
+        let claims = std::iter::once(&self.last).chain(earlier);
         let holding = claims.filter(move |c| c.from_ns <= at_ns && at_ns < c.to_ns);
         holding.map(|c| &c.owner)
     }

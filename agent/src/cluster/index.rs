@@ -340,13 +340,17 @@ impl Index {
             "Job" => ObjectKind::Job,
             _ => return pod.workload.as_ref(),
         };
+        // Only files have them.
+        if self.counts[kind as usize] == 0 {
+            return pod.workload.as_ref();
+        }
         let key = Key {
             kind,
             namespace: pod.key.namespace.clone(),
             name: owner.name.clone(),
         };
         match self.objects.get(&key) {
-            Some(Object::Owner(_, top)) => Some(top.as_ref().unwrap_or(owner)),
+            Some(Object::Owner(known)) => Some(known.1.as_ref().unwrap_or(owner)),
             _ => pod.workload.as_ref(),
         }
     }

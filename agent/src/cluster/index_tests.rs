@@ -19,9 +19,9 @@ fn pod(name: &str, ips: &[&str], started: Option<Timestamp>) -> Pod {
         host_network: false,
         ended: false,
         started,
-        labels: Box::default(),
-        ports: Box::default(),
-        port_names: Box::default(),
+        labels: Arc::default(),
+        ports: Arc::default(),
+        port_names: Arc::default(),
         controller: None,
         workload: None,
     }

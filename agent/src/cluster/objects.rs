@@ -148,9 +148,9 @@ pub struct Pod {
     /// Sorted by key.
     pub labels: Labels,
     /// Ports of its containers, restartable init containers among them.
-    pub ports: Box<[Port]>,
+    pub ports: Arc<[Port]>,
     /// What its containers call their ports. One name may stand for several numbers.
-    pub port_names: Box<[(Arc<str>, Port)]>,
+    pub port_names: PortNames,
     /// Its controlling owner as the reference says it: often a ReplicaSet or a Job.
     pub controller: Option<Workload>,
     /// The top of its owners as far as the pod itself tells.
@@ -263,7 +263,7 @@ pub struct Namespace {
     pub labels: Labels,
 }
 
-/// One object. Owners are kept by name only.
+/// One object. Owners are kept by name only. Three words, whatever the kind: there are many pods.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Object {
     /// A pod.
@@ -275,11 +275,11 @@ pub enum Object {
     /// A node.
     Node(Arc<Node>),
     /// A ReplicaSet or a Job, and what controls it.
-    Owner(Key, Option<Workload>),
+    Owner(Box<(Key, Option<Workload>)>),
     /// A namespace.
     Namespace(Arc<Namespace>),
     /// A NetworkPolicy.
-    NetworkPolicy(Key, Arc<NetworkPolicy>),
+    NetworkPolicy(Box<Key>, Arc<NetworkPolicy>),
 }
 
 impl Object {
@@ -291,7 +291,8 @@ impl Object {
             Self::Endpoints(o) => &o.key,
             Self::Node(o) => &o.key,
             Self::Namespace(o) => &o.key,
-            Self::Owner(key, _) | Self::NetworkPolicy(key, _) => key,
+            Self::Owner(owner) => &owner.0,
+            Self::NetworkPolicy(key, _) => key,
         }
     }
 }
@@ -306,7 +307,10 @@ pub enum Change {
 }
 
 /// Labels or a selector, sorted by key.
-pub type Labels = Box<[(Arc<str>, Arc<str>)]>;
+pub type Labels = Arc<[(Arc<str>, Arc<str>)]>;
+
+/// What ports are called.
+pub type PortNames = Arc<[(Arc<str>, Port)]>;
 
 /// Whether labels have all that a selector asks for. An empty selector selects nothing, as in a
 /// Service.
@@ -319,10 +323,24 @@ pub fn selects(selector: &Labels, labels: &Labels) -> bool {
         })
 }
 
-/// Makes equal strings one allocation: namespaces, nodes, labels and workloads repeat.
+/// Makes what is equal one allocation: namespaces, nodes and workloads repeat, and all pods of a
+/// workload have the same labels and ports.
 #[derive(Debug, Default)]
 pub struct Interner {
     strings: HashSet<Arc<str>>,
+    labels: HashSet<Labels>,
+    ports: HashSet<Arc<[Port]>>,
+    port_names: HashSet<PortNames>,
+}
+
+/// The one copy of a list.
+fn shared<T: Eq + std::hash::Hash>(known: &mut HashSet<Arc<[T]>>, list: Vec<T>) -> Arc<[T]> {
+    if let Some(known) = known.get(list.as_slice()) {
+        return known.clone();
+    }
+    let new: Arc<[T]> = list.into();
+    known.insert(new.clone());
+    new
 }
 
 impl Interner {
@@ -336,8 +354,26 @@ impl Interner {
         new
     }
 
+    /// The one copy of labels, sorted by key.
+    pub fn labels(&mut self, labels: Vec<(Arc<str>, Arc<str>)>) -> Labels {
+        shared(&mut self.labels, labels)
+    }
+
+    /// The one copy of ports.
+    pub fn ports(&mut self, ports: Vec<Port>) -> Arc<[Port]> {
+        shared(&mut self.ports, ports)
+    }
+
+    /// The one copy of named ports.
+    pub fn port_names(&mut self, names: Vec<(Arc<str>, Port)>) -> PortNames {
+        shared(&mut self.port_names, names)
+    }
+
     /// Forgets what nobody uses any more.
     pub fn purge(&mut self) {
+        self.labels.retain(|list| Arc::strong_count(list) > 1);
+        self.ports.retain(|list| Arc::strong_count(list) > 1);
+        self.port_names.retain(|list| Arc::strong_count(list) > 1);
         self.strings.retain(|s| Arc::strong_count(s) > 1);
     }
 }

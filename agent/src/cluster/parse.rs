@@ -149,7 +149,7 @@ impl Parsed {
             Fields::Node(raw, ips) => Object::Node(Arc::new(raw.strip(key, ips))),
             Fields::Meta(raw) => match self.kind {
                 ObjectKind::ReplicaSet | ObjectKind::Job => {
-                    Object::Owner(key, raw.metadata.controller(strings))
+                    Object::Owner(Box::new((key, raw.metadata.controller(strings))))
                 }
                 _ => Object::Namespace(Arc::new(Namespace {
                     key,
@@ -158,7 +158,7 @@ impl Parsed {
             },
             Fields::Policy(raw) => {
                 let policy = raw.strip(&key, strings);
-                Object::NetworkPolicy(key, Arc::new(policy))
+                Object::NetworkPolicy(Box::new(key), Arc::new(policy))
             }
         }
     }
@@ -236,9 +236,10 @@ impl Metadata {
 fn shared(pairs: Option<BTreeMap<String, String>>, strings: &mut Interner) -> Labels {
     let pairs = pairs.unwrap_or_default();
     let shared = pairs.iter();
-    shared
+    let shared = shared
         .map(|(k, v)| (strings.get(k), strings.get(v)))
-        .collect()
+        .collect();
+    strings.labels(shared)
 }
 
 /// The plural field where it has something, else the singular one that it replaced.

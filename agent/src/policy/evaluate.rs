@@ -491,7 +491,9 @@ impl World {
             Who::Pod(id) => Some(self.pod(id)),
             _ => None,
         };
-        let names = pod.into_iter().flat_map(|pod: &Arc<Pod>| &pod.port_names);
+        let names = pod
+            .into_iter()
+            .flat_map(|pod: &Arc<Pod>| pod.port_names.iter());
         names
             .filter(move |(n, port): &&(Arc<str>, Port)| **n == *name && port.protocol == protocol)
             .map(|(_, port)| port.port)

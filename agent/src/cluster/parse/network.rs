@@ -69,7 +69,7 @@ impl RawService {
             cluster_ips: Box::default(),
             other_ips: Box::default(),
             ports: Box::default(),
-            selector: Box::default(),
+            selector: Arc::default(),
         };
         let mut other_ips: Vec<IpAddr> = ingress.into_iter().filter_map(|i| i.ip).collect();
         if let Some(spec) = self.spec {

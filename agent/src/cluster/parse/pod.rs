@@ -92,8 +92,8 @@ impl RawPod {
             ended,
             started,
             labels: shared(self.metadata.labels, strings),
-            ports: ports.into(),
-            port_names: port_names.into(),
+            ports: strings.ports(ports),
+            port_names: strings.port_names(port_names),
             controller,
             workload,
         }
