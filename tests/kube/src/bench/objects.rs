@@ -28,7 +28,6 @@ pub fn pod(n: usize) -> Value {
         "env": (0..20).map(|e| json!({"name": format!("SETTING_{e}"), "value": "x".repeat(60)}))
             .collect::<Vec<_>>(),
         "resources": {"limits": {"cpu": "1", "memory": "512Mi"}},
-        "volumeMounts": [{"mountPath": "/var/run/secrets/kubernetes.io", "name": "token"}],
     });
     let condition = |kind| json!({"type": kind, "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"});
     let conditions = ["Initialized", "Ready", "ContainersReady", "PodScheduled"].map(condition);
