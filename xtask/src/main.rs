@@ -7,6 +7,7 @@ mod command;
 mod demo;
 mod dependencies;
 mod fuzz;
+mod image;
 mod rust_src;
 mod setup;
 mod test;
@@ -31,6 +32,8 @@ enum Task {
     Setup,
     /// Build the `whydrop` binary with its eBPF object inside
     Build(build::Args),
+    /// Make an OCI image archive of the static binary, target/whydrop.oci.tar
+    Image,
     /// Make real drops between network namespaces and show what whydrop says about them (root)
     Demo,
     /// Run every test that this machine can run, or one group
@@ -61,6 +64,7 @@ fn run(task: &Task) -> Result<ExitCode> {
     match task {
         Task::Setup => setup::run()?.with_vm().report()?,
         Task::Build(args) => build::run(args)?,
+        Task::Image => image::run()?,
         Task::Demo => demo::run()?,
         Task::Test(args) => return test::run(args),
         Task::Bench(args) => bench::run(args)?,
