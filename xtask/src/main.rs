@@ -8,6 +8,7 @@ mod demo;
 mod dependencies;
 mod fuzz;
 mod image;
+mod prometheus;
 mod rust_src;
 mod setup;
 mod test;
@@ -62,7 +63,7 @@ fn main() -> ExitCode {
 
 fn run(task: &Task) -> Result<ExitCode> {
     match task {
-        Task::Setup => setup::run()?.with_vm().report()?,
+        Task::Setup => setup::run()?.with_vm().with_rules().report()?,
         Task::Build(args) => build::run(args)?,
         Task::Image => image::run()?,
         Task::Demo => demo::run()?,
