@@ -38,6 +38,17 @@ pub fn shipped() -> Result<PathBuf> {
     })
 }
 
+/// The binary as it goes into the image: static, and without what only a debugger reads, which is more
+/// than four fifths of it. Function names stay, for backtraces. cargo keeps what it compiled, and only
+/// links again.
+pub fn without_debug_info() -> Result<PathBuf> {
+    let mut build = cargo("rustc");
+    build.args(["--package=whydrop", "--bin=whydrop", "--release"]);
+    let folder = target().join(statically(&mut build)?);
+    execute(build.args(["--", "-Cstrip=debuginfo"]))?;
+    Ok(folder.join("release/whydrop"))
+}
+
 /// The labs' test executables, built as [`shipped`], so that they need no library where they run.
 pub fn shipped_labs(names: &[&str]) -> Result<Vec<PathBuf>> {
     let mut build = cargo("test");

@@ -7,7 +7,9 @@ mod command;
 mod demo;
 mod dependencies;
 mod fuzz;
+mod image;
 mod kube;
+mod prometheus;
 mod rust_src;
 mod setup;
 mod test;
@@ -32,6 +34,8 @@ enum Task {
     Setup,
     /// Build the `whydrop` binary with its eBPF object inside
     Build(build::Args),
+    /// Make an OCI image archive of the static binary, target/whydrop.oci.tar
+    Image,
     /// Make real drops between network namespaces and show what whydrop says about them (root)
     Demo,
     /// Run every test that this machine can run, or one group
@@ -60,8 +64,9 @@ fn main() -> ExitCode {
 
 fn run(task: &Task) -> Result<ExitCode> {
     match task {
-        Task::Setup => setup::run()?.with_vm().with_kube().report()?,
+        Task::Setup => setup::run()?.with_vm().with_kube().with_rules().report()?,
         Task::Build(args) => build::run(args)?,
+        Task::Image => image::run()?,
         Task::Demo => demo::run()?,
         Task::Test(args) => return test::run(args),
         Task::Bench(args) => bench::run(args)?,

@@ -8,6 +8,7 @@ use nix::unistd::geteuid;
 
 use crate::{
     command::{cargo, command, find, output, run as execute},
+    prometheus,
     rust_src::{self, rustup_add},
 };
 
@@ -27,6 +28,8 @@ pub enum Need {
     Kube,
     /// The fuzz targets cannot be built.
     Fuzz,
+    /// Prometheus' own check of the rules cannot run.
+    Rules,
     /// `cargo fmt` cannot run.
     Format,
     /// `cargo clippy` cannot run.
@@ -74,6 +77,20 @@ impl Found {
     pub fn with_kube(mut self) -> Self {
         let known = self.missing.len();
         packages(&mut self, |need| need == Need::Kube);
+        self.say(known);
+        self
+    }
+
+    /// Fetches what checks Prometheus' rules: 20 MB that only the group `deploy` needs.
+    pub fn with_rules(mut self) -> Self {
+        let known = self.missing.len();
+        if let Err(error) = prometheus::fetch() {
+            self.missing.push(Missing {
+                what: "promtool".to_owned(),
+                need: Need::Rules,
+                advice: format!("{error:#}; install Prometheus, which has it"),
+            });
+        }
         self.say(known);
         self
     }

@@ -3,16 +3,16 @@
 
 use std::{
     path::Path,
-    process::{ExitCode, Stdio},
+    process::{Command, ExitCode, Stdio},
 };
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 use nix::unistd::geteuid;
 
 use crate::{
     command::{cargo, command, root, run as execute},
-    dependencies, fuzz, kube,
+    dependencies, fuzz, kube, prometheus,
     setup::{self, Found, Need},
     vm::{self, matrix::Matrix},
 };
@@ -61,6 +61,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if groups.contains(&Group::Kube) {
         found = found.with_kube();
     }
+    if groups.contains(&Group::Deploy) {
+        found = found.with_rules();
+    }
     found.ready_to_build()?;
     let outcomes: Vec<_> = groups
         .into_iter()
@@ -88,13 +91,12 @@ fn outcome(group: Group, args: &Args, found: &Found) -> Outcome {
         Group::Netns => netns(found),
         Group::Vm => machines(args.kernel.as_deref(), found),
         Group::Kube => kubernetes(found),
-        Group::Deploy => Outcome::Skipped("not in this version".to_owned()),
+        Group::Deploy => deploy(found),
     }
 }
 
 fn unit(found: &Found) -> Outcome {
-    type Step = fn() -> Result<()>;
-    let steps: [(&str, Option<Need>, Step); 6] = [
+    let steps: [Step; 6] = [
         ("format", Some(Need::Format), format),
         ("clippy", Some(Need::Clippy), clippy),
         (
@@ -106,8 +108,15 @@ fn unit(found: &Found) -> Outcome {
         ("tests", None, tests),
         ("fuzz", Some(Need::Fuzz), || fuzz::quick(FUZZ_SECONDS)),
     ];
+    run_steps(&steps, found)
+}
+
+/// A part of a group: its name, what it needs, and what it does.
+type Step = (&'static str, Option<Need>, fn() -> Result<()>);
+
+fn run_steps(steps: &[Step], found: &Found) -> Outcome {
     let (mut passed, mut failed, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
-    for (name, need, step) in steps {
+    for &(name, need, step) in steps {
         if let Some(reason) = need.and_then(|need| found.lacks(need)) {
             skipped.push(format!("without {name}: {reason}"));
             continue;
@@ -125,6 +134,34 @@ fn unit(found: &Found) -> Outcome {
     }
     skipped.insert(0, passed.join(", "));
     Outcome::Passed(skipped.join("; "))
+}
+
+fn deploy(found: &Found) -> Outcome {
+    let steps: [Step; 2] = [
+        ("manifests", None, manifests),
+        ("rules", Some(Need::Rules), rules),
+    ];
+    run_steps(&steps, found)
+}
+
+/// What the manifests and the runbook say against the code.
+fn manifests() -> Result<()> {
+    execute(own_tests().arg("--test=deploy"))?;
+    execute(own_tests().args(["--bin=xtask", "image::"]))
+}
+
+/// Prometheus' own judgement of the rules, and its run of their tests.
+fn rules() -> Result<()> {
+    let promtool = prometheus::program("promtool").context("there is no promtool")?;
+    let folder = root().join("deploy/prometheus");
+    let promtool = |arguments: &[&str], file: &str| {
+        execute(command(&promtool).args(arguments).arg(folder.join(file)))
+    };
+    promtool(
+        &["check", "rules", "--lint=all", "--lint-fatal"],
+        "rules.yaml",
+    )?;
+    promtool(&["test", "rules"], "tests.yaml")
 }
 
 fn format() -> Result<()> {
@@ -155,11 +192,19 @@ fn clippy_programs() -> Result<()> {
 }
 
 fn tests() -> Result<()> {
-    execute(cargo("test").args([
+    execute(&mut own_tests())
+}
+
+/// The tests of these packages. Always of all of them: with fewer, cargo builds most dependencies again
+/// with other features.
+fn own_tests() -> Command {
+    let mut test = cargo("test");
+    test.args([
         "--package=whydrop",
         "--package=whydrop-ebpf",
         "--package=xtask",
-    ]))
+    ]);
+    test
 }
 
 fn netns(found: &Found) -> Outcome {

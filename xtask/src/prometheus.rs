@@ -1,0 +1,69 @@
+//! Prometheus' programs: those on PATH, else from Debian's package, unpacked into target/prometheus/. It is
+//! not installed, because that would start a server on a machine that nobody asked to run one.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::{
+    build::target,
+    command::{command, find, quietly},
+};
+
+const PACKAGE: &str = "prometheus";
+
+/// Where a program is, if it is there.
+pub fn program(name: &str) -> Option<PathBuf> {
+    let unpacked = target().join("prometheus/usr/bin").join(name);
+    find(name).or_else(|| unpacked.is_file().then_some(unpacked))
+}
+
+/// Gets what is missing.
+pub fn fetch() -> Result<()> {
+    if program("promtool").is_some() {
+        return Ok(());
+    }
+    for tool in ["apt-get", "dpkg-deb"] {
+        ensure!(find(tool).is_some(), "there is no {tool}");
+    }
+    eprintln!("setup: fetching {PACKAGE}");
+    fs::create_dir_all(target())?;
+    let work = tempfile::tempdir_in(target())?;
+    let package = download(work.path())?;
+    let unpacked = work.path().join("unpacked");
+    quietly(command("dpkg-deb").arg("-x").arg(package).arg(&unpacked))?;
+    let kept = target().join("prometheus");
+    if kept.exists() {
+        fs::remove_dir_all(&kept)?;
+    }
+    fs::rename(unpacked, kept)?;
+    ensure!(
+        program("promtool").is_some(),
+        "Debian's {PACKAGE} has no promtool"
+    );
+    Ok(())
+}
+
+/// The package of this machine's own release, as a file.
+fn download(folder: &Path) -> Result<PathBuf> {
+    let apt = |arguments: &[&str]| {
+        quietly(
+            command("apt-get")
+                .args(["-qq", "-o", "APT::Sandbox::User=root"])
+                .args(arguments)
+                .current_dir(folder),
+        )
+    };
+    if apt(&["download", PACKAGE]).is_err() {
+        // The lists may be older than the mirror. Who is not root cannot refresh them.
+        let updated = apt(&["update"]);
+        apt(&["download", PACKAGE]).or_else(|error| updated.and(Err(error)))?;
+    }
+    fs::read_dir(folder)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .with_context(|| format!("apt-get left no package {PACKAGE}"))
+}
