@@ -127,7 +127,13 @@ impl Index {
                     self.forget_endpoints(old);
                 }
             }
-            (_, Object::Owner(..) | Object::Namespace(_) | Object::NetworkPolicy(..)) => {}
+            (
+                _,
+                Object::Owner(..)
+                | Object::Namespace(_)
+                | Object::NetworkPolicy(..)
+                | Object::TierPolicy(..),
+            ) => {}
         }
     }
 
@@ -142,7 +148,10 @@ impl Index {
             Object::Service(old) => self.service_changed(Some(old), None, seen),
             Object::Node(old) => self.node(Some(old), None, seen),
             Object::Endpoints(_) => self.forget_endpoints(&old),
-            Object::Owner(..) | Object::Namespace(_) | Object::NetworkPolicy(..) => {}
+            Object::Owner(..)
+            | Object::Namespace(_)
+            | Object::NetworkPolicy(..)
+            | Object::TierPolicy(..) => {}
         }
     }
 
