@@ -151,7 +151,7 @@ impl Explainer {
     /// The objects that decide, as new as they may be; none where no policy is.
     fn world(&mut self, now: Instant) -> Option<Arc<World>> {
         let index = self.state.index();
-        if index.network_policies().is_empty() {
+        if !index.has_policies() {
             (self.seen, self.known) = (None, HashMap::new());
             return None;
         }
@@ -282,18 +282,27 @@ fn explain(
     };
     let found = findings::findings(world, &flow, &egress, &ingress, &context);
     let summary = match denying.first() {
-        Some(first) => denial(world, &flow, side.unwrap_or(first)),
-        None => found.first().map(|f| f.message.clone()).unwrap_or_default(),
+        // A rule of a tier denies it whatever isolates the pod.
+        Some(first) if side.unwrap_or(first).decided.is_none() => {
+            denial(world, &flow, side.unwrap_or(first))
+        }
+        _ => found.first().map(|f| f.message.clone()).unwrap_or_default(),
     };
     let named = match side {
         Some(side) => vec![side],
         None => denying,
     };
-    let policies = named.iter().flat_map(|side| &side.policies);
+    let policies = named.into_iter().flat_map(|side| {
+        let tier = side.decided.and_then(|index| side.tiers.get(index));
+        match tier {
+            Some(result) => vec![result.policy.full_name()],
+            None => side.policies.iter().map(|p| p.full_name()).collect(),
+        }
+    });
     Some(Explanation {
         confidence,
         direction: side.map(|side| side.direction.as_str().to_owned()),
-        policies: policies.map(|policy| policy.full_name()).collect(),
+        policies: policies.collect(),
         findings: found
             .into_iter()
             .map(|finding| Finding {

@@ -132,7 +132,13 @@ impl Index {
                     self.forget_endpoints(old);
                 }
             }
-            (_, Object::Owner(..) | Object::Namespace(_) | Object::NetworkPolicy(..)) => {}
+            (
+                _,
+                Object::Owner(..)
+                | Object::Namespace(_)
+                | Object::NetworkPolicy(..)
+                | Object::TierPolicy(..),
+            ) => {}
         }
     }
 
@@ -148,7 +154,10 @@ impl Index {
             Object::Service(old) => self.service_changed(Some(old), None, seen),
             Object::Node(old) => self.node(Some(old), None, seen),
             Object::Endpoints(_) => self.forget_endpoints(&old),
-            Object::Owner(..) | Object::Namespace(_) | Object::NetworkPolicy(..) => {}
+            Object::Owner(..)
+            | Object::Namespace(_)
+            | Object::NetworkPolicy(..)
+            | Object::TierPolicy(..) => {}
         }
     }
 
@@ -412,6 +421,18 @@ impl Index {
             namespace: namespace.clone(),
             name: name.clone(),
         })
+    }
+
+    /// Whether anything may deny a connection.
+    pub fn has_policies(&self) -> bool {
+        [
+            ObjectKind::NetworkPolicy,
+            ObjectKind::ClusterNetworkPolicy,
+            ObjectKind::AdminNetworkPolicy,
+            ObjectKind::BaselineAdminNetworkPolicy,
+        ]
+        .iter()
+        .any(|kind| self.counts[*kind as usize] > 0)
     }
 
     /// How often an object changed in what is kept of it.

@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use super::uid::UidHash;
 use crate::event::{Protocol, Workload};
 use crate::policy::model::NetworkPolicy;
+use crate::policy::tier::TierPolicy;
 
 /// The kinds that are used; all others are ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,14 +33,23 @@ pub enum ObjectKind {
     Job,
     /// `networking.k8s.io/v1`.
     NetworkPolicy,
+    /// `policy.networking.k8s.io/v1alpha2`.
+    ClusterNetworkPolicy,
+    /// `policy.networking.k8s.io/v1alpha1`, what ClusterNetworkPolicies of the Admin tier replaced.
+    AdminNetworkPolicy,
+    /// `policy.networking.k8s.io/v1alpha1`, what those of the Baseline tier replaced.
+    BaselineAdminNetworkPolicy,
 }
+
+/// The API group of the policies above and below NetworkPolicies.
+const TIERS: &str = "policy.networking.k8s.io";
 
 impl ObjectKind {
     /// How many kinds there are.
     pub const COUNT: usize = Self::TABLE.len();
 
     /// Every kind with its API group, its name in manifests and its plural.
-    const TABLE: [(Self, &'static str, &'static str, &'static str); 9] = [
+    const TABLE: [(Self, &'static str, &'static str, &'static str); 12] = [
         (Self::Pod, "", "Pod", "pods"),
         (Self::Service, "", "Service", "services"),
         (
@@ -58,6 +68,24 @@ impl ObjectKind {
             "networking.k8s.io",
             "NetworkPolicy",
             "networkpolicies",
+        ),
+        (
+            Self::ClusterNetworkPolicy,
+            TIERS,
+            "ClusterNetworkPolicy",
+            "clusternetworkpolicies",
+        ),
+        (
+            Self::AdminNetworkPolicy,
+            TIERS,
+            "AdminNetworkPolicy",
+            "adminnetworkpolicies",
+        ),
+        (
+            Self::BaselineAdminNetworkPolicy,
+            TIERS,
+            "BaselineAdminNetworkPolicy",
+            "baselineadminnetworkpolicies",
         ),
     ];
 
@@ -93,15 +121,27 @@ impl ObjectKind {
 
     /// The group with its version, as `discovery.k8s.io/v1`.
     pub fn api_version(self) -> String {
+        let version = match self {
+            Self::ClusterNetworkPolicy => "v1alpha2",
+            Self::AdminNetworkPolicy | Self::BaselineAdminNetworkPolicy => "v1alpha1",
+            _ => "v1",
+        };
         match self.group() {
-            "" => "v1".to_owned(),
-            group => format!("{group}/v1"),
+            "" => version.to_owned(),
+            group => format!("{group}/{version}"),
         }
     }
 
     /// Whether objects of this kind live in a namespace.
     pub const fn is_namespaced(self) -> bool {
-        !matches!(self, Self::Node | Self::Namespace)
+        !matches!(
+            self,
+            Self::Node
+                | Self::Namespace
+                | Self::ClusterNetworkPolicy
+                | Self::AdminNetworkPolicy
+                | Self::BaselineAdminNetworkPolicy
+        )
     }
 }
 
@@ -252,6 +292,8 @@ pub struct Node {
     pub ips: Box<[IpAddr]>,
     /// `spec.podCIDRs` (and `podCIDR`).
     pub pod_ranges: Box<[IpNet]>,
+    /// Sorted by key: policies of the tiers select nodes by them.
+    pub labels: Labels,
 }
 
 /// A namespace.
@@ -280,6 +322,8 @@ pub enum Object {
     Namespace(Arc<Namespace>),
     /// A NetworkPolicy.
     NetworkPolicy(Box<Key>, Arc<NetworkPolicy>),
+    /// A ClusterNetworkPolicy, AdminNetworkPolicy or BaselineAdminNetworkPolicy.
+    TierPolicy(Box<Key>, Arc<TierPolicy>),
 }
 
 impl Object {
@@ -292,7 +336,7 @@ impl Object {
             Self::Node(o) => &o.key,
             Self::Namespace(o) => &o.key,
             Self::Owner(owner) => &owner.0,
-            Self::NetworkPolicy(key, _) => key,
+            Self::NetworkPolicy(key, _) | Self::TierPolicy(key, _) => key,
         }
     }
 }
@@ -408,6 +452,30 @@ mod tests {
             ObjectKind::of("projectcalico.org/v3", "NetworkPolicy"),
             None
         );
+        let tiers = ObjectKind::of("policy.networking.k8s.io/v1beta1", "ClusterNetworkPolicy");
+        assert_eq!(tiers, Some(ObjectKind::ClusterNetworkPolicy));
+    }
+
+    #[test]
+    fn kinds_that_are_no_v1_say_their_version() {
+        for (kind, version) in [
+            (ObjectKind::Pod, "v1"),
+            (ObjectKind::NetworkPolicy, "networking.k8s.io/v1"),
+            (
+                ObjectKind::ClusterNetworkPolicy,
+                "policy.networking.k8s.io/v1alpha2",
+            ),
+            (
+                ObjectKind::AdminNetworkPolicy,
+                "policy.networking.k8s.io/v1alpha1",
+            ),
+            (
+                ObjectKind::BaselineAdminNetworkPolicy,
+                "policy.networking.k8s.io/v1alpha1",
+            ),
+        ] {
+            assert_eq!(kind.api_version(), version);
+        }
     }
 
     #[test]

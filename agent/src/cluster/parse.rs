@@ -22,6 +22,7 @@ use crate::event::Workload;
 mod network;
 mod pod;
 mod policy;
+mod tier;
 
 /// An object that cannot be used, as far as it can be named.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +51,7 @@ enum Fields {
     Endpoints(Box<Metadata>, network::Targets),
     Node(Box<RawNode>, Vec<IpAddr>),
     Policy(Box<policy::Policy>),
+    Tier(Box<tier::Policy>),
     Meta(Box<Manifest<Nothing, Nothing>>),
 }
 
@@ -94,6 +96,9 @@ pub fn parse(value: &Value, list: Option<(&str, &str)>) -> Result<Option<Parsed>
         ObjectKind::Endpoints => read(value).map(RawEndpoints::targets),
         ObjectKind::Node => read(value).and_then(RawNode::addresses),
         ObjectKind::NetworkPolicy => policy::read(value),
+        ObjectKind::ClusterNetworkPolicy
+        | ObjectKind::AdminNetworkPolicy
+        | ObjectKind::BaselineAdminNetworkPolicy => tier::read(value, kind),
         ObjectKind::Namespace | ObjectKind::ReplicaSet | ObjectKind::Job => {
             read(value).map(|raw| Fields::Meta(Box::new(raw)))
         }
@@ -119,6 +124,7 @@ impl Parsed {
             Fields::Endpoints(metadata, _) => metadata,
             Fields::Node(raw, _) => &raw.metadata,
             Fields::Policy(raw) => &raw.metadata,
+            Fields::Tier(raw) => &raw.metadata,
             Fields::Meta(raw) => &raw.metadata,
         }
     }
@@ -146,7 +152,7 @@ impl Parsed {
                 port_names: targets.names(strings),
                 targets: targets.pairs.into(),
             })),
-            Fields::Node(raw, ips) => Object::Node(Arc::new(raw.strip(key, ips))),
+            Fields::Node(raw, ips) => Object::Node(Arc::new(raw.strip(key, ips, strings))),
             Fields::Meta(raw) => match self.kind {
                 ObjectKind::ReplicaSet | ObjectKind::Job => {
                     Object::Owner(Box::new((key, raw.metadata.controller(strings))))
@@ -159,6 +165,10 @@ impl Parsed {
             Fields::Policy(raw) => {
                 let policy = raw.strip(&key, strings);
                 Object::NetworkPolicy(Box::new(key), Arc::new(policy))
+            }
+            Fields::Tier(raw) => {
+                let policy = raw.strip(&key, strings);
+                Object::TierPolicy(Box::new(key), Arc::new(policy))
             }
         }
     }

@@ -192,3 +192,22 @@ fn denials_are_counted_for_each_policy_and_bounded() {
     assert_eq!(all.len(), 10_001);
     assert_eq!(all.iter().map(|(_, n)| n).sum::<u64>(), 12 + 3 * 11_000);
 }
+
+#[test]
+fn a_rule_of_a_tier_is_named_before_any_namespace_s_policy() {
+    let admin = "---
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {name: no-db}
+spec:
+  tier: Admin
+  priority: 10
+  subject: {namespaces: {matchLabels: {kubernetes.io/metadata.name: db}}}
+  ingress: [{name: closed, action: Deny, from: [{namespaces: {}}]}]
+";
+    let explained = explained("node-b", admin, Some("NETFILTER_DROP")).unwrap();
+    assert_eq!(explained.confidence, Confidence::Confirmed);
+    assert_eq!(explained.policies, ["ClusterNetworkPolicy no-db"]);
+    assert_eq!(explained.findings[0].code, "admin-tier-denied");
+    assert!(explained.summary.contains("no-db"), "{}", explained.summary);
+}

@@ -7,9 +7,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use super::failure::Failure;
-use super::model::{Block, Direction, NetworkPolicy, Peer, PortItem, PortMatch, Rule};
+use super::model::{Direction, NetworkPolicy, Rule};
+use super::tier::decide::{TierResult, conflict};
+use super::tier::{Action, Tier, TierPolicy};
 use super::world::{NodeId, PodId, World};
-use crate::cluster::objects::{Pod, Port};
 use crate::event::Protocol;
 
 /// One end of a flow, after DNAT.
@@ -111,6 +112,12 @@ pub enum Because {
     BlockOnPod,
     /// The protocol is none that NetworkPolicy defines.
     Protocol,
+    /// A rule of this tier accepts or denies it.
+    Tier(Tier),
+    /// Policies of one tier and priority match, and do not do the same.
+    TierConflict,
+    /// Whether a tier's rule matches depends on what DNS answers, or on which address is used.
+    TierUnknown,
 }
 
 /// Whether something matches.
@@ -135,7 +142,13 @@ pub struct Judgement<'w> {
     pub because: Because,
     /// The pod whose policies count.
     pub subject: Option<PodId>,
-    /// The policies that isolate the subject.
+    /// The rules of the tiers that were asked, in order.
+    pub tiers: Vec<TierResult<'w>>,
+    /// Of these the one that accepts or denies it.
+    pub decided: Option<usize>,
+    /// Where every port was asked for: one that fares worst.
+    pub port: Option<u16>,
+    /// The NetworkPolicies that isolate the subject.
     pub policies: Vec<&'w Arc<NetworkPolicy>>,
     /// Each peer item of each rule of each of them.
     pub rules: Vec<RuleResult<'w>>,
@@ -171,26 +184,69 @@ impl World {
             Ok(subject) => subject,
             Err((verdict, _)) => return verdict,
         };
-        let mut isolating = self.isolating(subject, direction).peekable();
-        if isolating.peek().is_none() {
-            return Verdict::Allow;
+        match self.ports_to_ask(subject, flow, direction) {
+            None => self.decide(subject, flow, direction),
+            Some(ports) => self.worst(subject, flow, direction, &ports).1,
         }
+    }
+
+    /// The flow to the port that fares worst, and how it does.
+    fn worst(
+        &self,
+        subject: PodId,
+        flow: &Flow,
+        direction: Direction,
+        ports: &[u16],
+    ) -> (Flow, Verdict) {
+        let all = ports.iter().map(|port| {
+            let flow = Flow {
+                port: Some(*port),
+                ..*flow
+            };
+            (flow, self.decide(subject, &flow, direction))
+        });
+        let worst = all.min_by_key(|(_, verdict)| match verdict {
+            Verdict::Deny => 0,
+            Verdict::Undefined => 1,
+            Verdict::Allow | Verdict::NotApplicable => 2,
+        });
+        worst.unwrap_or((*flow, Verdict::Allow))
+    }
+
+    /// Tier after tier.
+    fn decide(&self, subject: PodId, flow: &Flow, direction: Direction) -> Verdict {
+        let tier = |tier| self.tier(tier, subject, flow, direction, |_, _, _| {});
+        tier(Tier::Admin).then(|| {
+            let policies = self.by_network_policies(subject, flow, direction);
+            policies.unwrap_or_else(|| tier(Tier::Baseline).then(|| Verdict::Allow))
+        })
+    }
+
+    /// What the NetworkPolicies of one side say; `None` if none isolates the subject.
+    fn by_network_policies(
+        &self,
+        subject: PodId,
+        flow: &Flow,
+        direction: Direction,
+    ) -> Option<Verdict> {
+        let mut isolating = self.isolating(subject, direction).peekable();
+        isolating.peek()?;
         if !flow.protocol.has_ports() {
-            return Verdict::Undefined;
+            return Some(Verdict::Undefined);
         }
         let mut best = Match::No;
         for policy in isolating {
             for rule in &policy.side(direction).rules {
                 match self.rule_matches(policy, rule, flow, direction) {
-                    Match::Yes => return Verdict::Allow,
+                    Match::Yes => return Some(Verdict::Allow),
                     other => best = best.max(other),
                 }
             }
         }
-        match best {
+        Some(match best {
             Match::No => Verdict::Deny,
             _ => Verdict::Undefined,
-        }
+        })
     }
 
     /// What the policies of one side say, and how every rule of theirs fared.
@@ -200,6 +256,9 @@ impl World {
             verdict: Verdict::Allow,
             because: Because::NotIsolated,
             subject: None,
+            tiers: Vec::new(),
+            decided: None,
+            port: None,
             policies: Vec::new(),
             rules: Vec::new(),
         };
@@ -212,21 +271,83 @@ impl World {
             }
         };
         judgement.subject = Some(subject);
-        judgement.policies = self.isolating(subject, direction).collect();
-        if judgement.policies.is_empty() {
-            return judgement;
+        let mut flow = *flow;
+        if let Some(ports) = self.ports_to_ask(subject, &flow, direction) {
+            flow = self.worst(subject, &flow, direction, &ports).0;
+            judgement.port = flow.port;
         }
+        let flow = &flow;
+        judgement.policies = self.isolating(subject, direction).collect();
         for policy in &judgement.policies {
             self.judge_policy(policy, flow, direction, &mut judgement.rules);
         }
-        let best = judgement.rules.iter().map(|r| r.matched).max();
-        (judgement.verdict, judgement.because) = match best {
-            _ if !flow.protocol.has_ports() => (Verdict::Undefined, Because::Protocol),
-            Some(Match::Yes) => (Verdict::Allow, Because::Rule),
-            Some(Match::Maybe) => (Verdict::Undefined, Because::BlockOnPod),
-            Some(Match::No) | None => (Verdict::Deny, Because::NoRule),
+        let mut told = Vec::new();
+        let mut tier = |tier| {
+            self.tier(tier, subject, flow, direction, |policy, rule, matched| {
+                told.push((policy, rule, matched));
+            })
         };
+        let admin = tier(Tier::Admin);
+        // What says so if the Admin tier leaves it to the next ones.
+        let (below, because) = match self.by_network_policies(subject, flow, direction) {
+            _ if !admin.goes_on() => (Verdict::Undefined, Some(Because::Tier(Tier::Admin))),
+            Some(verdict) => {
+                let best = judgement.rules.iter().map(|r| r.matched).max();
+                let because = match best {
+                    _ if !flow.protocol.has_ports() => Because::Protocol,
+                    Some(Match::Yes) => Because::Rule,
+                    Some(Match::Maybe) => Because::BlockOnPod,
+                    Some(Match::No) | None => Because::NoRule,
+                };
+                (verdict, Some(because))
+            }
+            None => {
+                let baseline = tier(Tier::Baseline);
+                let verdict = baseline.then(|| Verdict::Allow);
+                let because = match verdict {
+                    Verdict::Undefined => None,
+                    _ if baseline.goes_on() => Some(Because::NotIsolated),
+                    _ => Some(Because::Tier(Tier::Baseline)),
+                };
+                (verdict, because)
+            }
+        };
+        judgement.verdict = admin.then(|| below);
+        judgement.tiers = self.tier_results(told, flow, direction);
+        let certain = judgement.verdict != Verdict::Undefined || admin.only_goes_on();
+        judgement.because = match because.filter(|_| certain) {
+            Some(because) => because,
+            None if conflict(&judgement.tiers).is_some() => Because::TierConflict,
+            None => Because::TierUnknown,
+        };
+        if let Because::Tier(tier) = judgement.because {
+            judgement.decided = judgement.tiers.iter().position(|r| {
+                r.policy.tier == tier && r.matched != Match::No && r.action != Action::Pass
+            });
+        }
         judgement
+    }
+
+    fn tier_results<'w>(
+        &'w self,
+        told: Vec<(&'w Arc<TierPolicy>, usize, Match)>,
+        flow: &Flow,
+        direction: Direction,
+    ) -> Vec<TierResult<'w>> {
+        let results = told.into_iter().map(|(policy, index, matched)| {
+            let rule = &policy.rules(direction)[index];
+            TierResult {
+                policy,
+                rule: index,
+                action: rule.action,
+                matched,
+                failures: match matched {
+                    Match::No => self.tier_failures(rule, flow, direction),
+                    Match::Maybe | Match::Yes => Vec::new(),
+                },
+            }
+        });
+        results.collect()
     }
 
     fn judge_policy<'w>(
@@ -327,176 +448,6 @@ impl World {
             }
         }
         best
-    }
-
-    /// The one item of `from` or `to`. Tells every predicate that fails, in their order.
-    pub(super) fn peer_matches<'w>(
-        &'w self,
-        policy: &NetworkPolicy,
-        peer: &'w Peer,
-        flow: &Flow,
-        direction: Direction,
-        mut fail: impl FnMut(Failure<'w>),
-    ) -> Match {
-        let (end, subject) = match direction {
-            Direction::Ingress => (flow.source, flow.destination),
-            Direction::Egress => (flow.destination, flow.source),
-        };
-        if let Peer::Block(block) = peer {
-            return self.block_matches(block, end, subject, fail);
-        }
-        let id = match end.who {
-            Who::Pod(id) if !self.pod(id).host_network => id,
-            Who::Pod(_) | Who::Node(_) => {
-                fail(Failure::PeerHostNetwork);
-                return Match::No;
-            }
-            Who::Outside => {
-                fail(Failure::PeerExternal);
-                return Match::No;
-            }
-        };
-        let pod = self.pod(id);
-        let namespace = self.namespace_of(id);
-        let mut matched = Match::Yes;
-        let mut failed = |failure| {
-            matched = Match::No;
-            fail(failure);
-        };
-        let (namespaces, pods) = match peer {
-            Peer::Pods(pods) => {
-                if pod.key.namespace != policy.namespace {
-                    failed(Failure::SameNamespaceOnly);
-                }
-                (None, Some(pods))
-            }
-            Peer::Namespaces(namespaces) => (Some(namespaces), None),
-            Peer::PodsIn { namespaces, pods } => (Some(namespaces), Some(pods)),
-            Peer::Block(_) => (None, None),
-        };
-        for requirement in namespaces.iter().flat_map(|s| s.unmet(&namespace.labels)) {
-            failed(Failure::PeerNamespace(requirement));
-        }
-        for requirement in pods.iter().flat_map(|s| s.unmet(&pod.labels)) {
-            failed(Failure::PeerPod(requirement));
-        }
-        matched
-    }
-
-    fn block_matches<'w>(
-        &'w self,
-        block: &'w Block,
-        end: End,
-        subject: End,
-        mut fail: impl FnMut(Failure<'w>),
-    ) -> Match {
-        // Of the addresses that two ends have, those of a family that both have.
-        let (addresses, others) = (self.known(&end), self.known(&subject));
-        let usable = |ip: &&IpAddr| {
-            others.is_empty() || others.iter().any(|other| other.is_ipv4() == ip.is_ipv4())
-        };
-        let (mut some, mut all, mut except) = (false, true, None);
-        for ip in addresses.iter().filter(usable) {
-            let cut = block.except.iter().find(|net| net.contains(ip));
-            let inside = block.cidr.contains(ip);
-            except = except.or(cut.filter(|_| inside));
-            some |= inside && cut.is_none();
-            all &= inside && cut.is_none();
-        }
-        match (some, all) {
-            (false, _) => {
-                fail(match except {
-                    Some(except) => Failure::CidrExcept(except),
-                    None => Failure::CidrMiss(&block.cidr),
-                });
-                Match::No
-            }
-            (true, false) => Match::Maybe,
-            (true, true) => match end.who {
-                Who::Pod(id) if !self.pod(id).host_network => Match::Maybe,
-                _ => Match::Yes,
-            },
-        }
-    }
-
-    /// The address that a flow names, else all that the end has.
-    fn known<'a>(&'a self, end: &'a End) -> &'a [IpAddr] {
-        match end.ip.as_slice() {
-            [] => self.addresses(*end),
-            given => given,
-        }
-    }
-
-    fn addresses(&self, end: End) -> &[IpAddr] {
-        match end.who {
-            Who::Pod(id) => {
-                let pod = self.pod(id);
-                let node = pod.node.as_ref().filter(|_| pod.host_network);
-                match node.and_then(|name| self.node_named(name)) {
-                    Some(node) if pod.ips.is_empty() => &node.ips,
-                    _ => &pod.ips,
-                }
-            }
-            Who::Node(id) => &self.node(id).ips,
-            Who::Outside => &[],
-        }
-    }
-
-    fn node_named(&self, name: &str) -> Option<&Arc<crate::cluster::objects::Node>> {
-        let nodes = &self.inventory.nodes;
-        nodes.iter().find(|node| *node.key.name == *name)
-    }
-
-    /// Why no item of a rule's `ports` matches; `None` if one does, or there is none.
-    pub(super) fn port_failure<'w>(&self, rule: &'w Rule, flow: &Flow) -> Option<Failure<'w>> {
-        let mut failure = Failure::Protocol;
-        for item in &rule.ports {
-            if item.protocol != flow.protocol {
-                continue;
-            }
-            if self.port_matches(item, flow) {
-                return None;
-            }
-            failure = match &item.port {
-                PortMatch::Named(name) if !self.resolves(name, flow) => match failure {
-                    Failure::Port => Failure::Port,
-                    _ => Failure::NamedPortUnresolved(name),
-                },
-                _ => Failure::Port,
-            };
-        }
-        (!rule.ports.is_empty()).then_some(failure)
-    }
-
-    fn port_matches(&self, item: &PortItem, flow: &Flow) -> bool {
-        match (&item.port, flow.port) {
-            (PortMatch::Any, _) => true,
-            (PortMatch::Range(from, to), Some(port)) => (*from..=*to).contains(&port),
-            (PortMatch::Range(from, to), None) => (*from, *to) == (1, u16::MAX),
-            (PortMatch::Named(name), Some(port)) => {
-                self.numbers(name, flow).any(|number| number == port)
-            }
-            (PortMatch::Named(_), None) => false,
-        }
-    }
-
-    fn resolves(&self, name: &str, flow: &Flow) -> bool {
-        self.numbers(name, flow).next().is_some()
-    }
-
-    /// What the destination pod's containers call so, of the flow's protocol.
-    fn numbers<'a>(&'a self, name: &'a str, flow: &Flow) -> impl Iterator<Item = u16> + 'a {
-        let protocol = flow.protocol;
-        let pod = match flow.destination.who {
-            Who::Pod(id) => Some(self.pod(id)),
-            _ => None,
-        };
-        let names = pod
-            .into_iter()
-            .flat_map(|pod: &Arc<Pod>| pod.port_names.iter());
-        names
-            .filter(move |(n, port): &&(Arc<str>, Port)| **n == *name && port.protocol == protocol)
-            .map(|(_, port)| port.port)
     }
 }
 

@@ -19,6 +19,10 @@ pub enum Failure<'w> {
     PeerExternal,
     /// Selectors do not match nodes and host-network pods, whose address is a node's.
     PeerHostNetwork,
+    /// A tier's rule selects nodes, and this is none.
+    NotANode,
+    /// The node lacks a label, or has another value.
+    PeerNode(&'w Requirement),
     /// The address is not in the range.
     CidrMiss(&'w IpNet),
     /// It is taken out of the range.
@@ -43,6 +47,8 @@ impl Failure<'_> {
             Self::SameNamespaceOnly => "same-namespace-only",
             Self::PeerExternal => "peer-external",
             Self::PeerHostNetwork => "peer-host-network",
+            Self::NotANode => "not-a-node",
+            Self::PeerNode(_) => "peer-node",
             Self::CidrMiss(_) => "cidr-miss",
             Self::CidrExcept(_) => "cidr-except",
             Self::Protocol => "protocol",
@@ -55,9 +61,9 @@ impl Failure<'_> {
     /// What was asked for, where the failure has something.
     pub fn detail(&self) -> Option<String> {
         match self {
-            Self::PeerNamespace(requirement) | Self::PeerPod(requirement) => {
-                Some(requirement.to_string())
-            }
+            Self::PeerNamespace(requirement)
+            | Self::PeerPod(requirement)
+            | Self::PeerNode(requirement) => Some(requirement.to_string()),
             Self::CidrMiss(net) | Self::CidrExcept(net) => Some(net.to_string()),
             Self::NamedPortUnresolved(name) => Some((*name).to_owned()),
             _ => None,

@@ -2,18 +2,16 @@
 
 use std::sync::Arc;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
-use super::cni::{Enforcer, enforcer};
+use super::aws::aws_port_limit;
+use super::beside::{beside, host_network, not_enforcing, not_policy, transient};
 use super::evaluate::{Because, End, Flow, Judgement, Verdict, Who};
 use super::fix::{self, Candidate, Fix};
-use super::model::{Direction, NetworkPolicy};
+use super::model::{Direction, NetworkPolicy, PortItem};
 use super::world::World;
-use super::{dns, near};
-use crate::event::DropSite;
-
-/// How long the rules of a new pod or policy may take to reach every node.
-const PROPAGATION: SignedDuration = SignedDuration::from_secs(10);
+use super::{dns, near, tier};
+use crate::event::{DropSite, Protocol};
 
 /// What is known of a flow beside the objects.
 #[derive(Clone, Debug, Default)]
@@ -96,7 +94,7 @@ pub fn findings(
     findings.extend(host_network(world, flow));
     findings.extend(not_enforcing(world, [egress, ingress]));
     if egress.verdict.and(ingress.verdict) != Verdict::Deny {
-        findings.extend(aws_port_limit(world, [egress, ingress], context));
+        findings.extend(aws_port_limit(world, flow, [egress, ingress], context));
         if egress.verdict != Verdict::Undefined && ingress.verdict != Verdict::Undefined {
             findings.push(not_policy(egress, ingress, context));
         }
@@ -104,7 +102,7 @@ pub fn findings(
     findings
 }
 
-fn plain(code: &'static str, direction: Option<Direction>, message: String) -> Finding {
+pub(super) fn plain(code: &'static str, direction: Option<Direction>, message: String) -> Finding {
     Finding {
         code,
         direction,
@@ -121,14 +119,22 @@ fn of_denial(
     side: &Judgement,
     context: &Context,
 ) -> Vec<Finding> {
-    let mut drafts = Vec::new();
-    drafts.extend(missing_dns(world, flow, side));
-    drafts.extend(near::misses(world, flow, side));
-    drafts.extend(types_implied(side));
-    drafts.extend(types_inert(world, flow, side));
-    if drafts.is_empty() {
-        drafts.push(no_rule(world, flow, side));
-    }
+    let by_tier = match side.because {
+        Because::Tier(tier) => Some(tier::findings::denied(world, flow, side, tier)),
+        _ => None,
+    };
+    let may_add = by_tier.is_none();
+    let drafts = by_tier.unwrap_or_else(|| {
+        let mut drafts = Vec::new();
+        drafts.extend(missing_dns(world, flow, side));
+        drafts.extend(near::misses(world, flow, side));
+        drafts.extend(types_implied(side));
+        drafts.extend(types_inert(world, flow, side));
+        if drafts.is_empty() {
+            drafts.push(no_rule(world, flow, side));
+        }
+        drafts
+    });
     let finish = |draft: Draft| Finding {
         code: draft.code,
         direction: Some(side.direction),
@@ -140,7 +146,8 @@ fn of_denial(
     };
     let mut findings: Vec<Finding> = drafts.into_iter().map(finish).collect();
     let is_general = |f: &Finding| f.code == "no-ingress-rule" || f.code == "no-egress-rule";
-    if !context.no_fixes
+    if may_add
+        && !context.no_fixes
         && findings.iter().all(|f| f.fixes.is_empty())
         && !findings.iter().any(is_general)
     {
@@ -196,19 +203,7 @@ fn missing_dns(world: &World, flow: &Flow, side: &Judgement) -> Option<Draft> {
         return None;
     }
     let (subject, server) = ends(flow, Direction::Egress);
-    let mut numbers = vec![dns::PORT];
-    numbers.extend(flow.port.filter(|port| *port != dns::PORT));
-    let ports = numbers.iter().flat_map(|number| {
-        use crate::event::Protocol;
-        [Protocol::UDP, Protocol::TCP].map(|protocol| {
-            fix::port(&Flow {
-                protocol,
-                port: Some(*number),
-                ..*flow
-            })
-        })
-    });
-    let ports: Box<[_]> = ports.collect();
+    let ports: Box<[_]> = dns_ports(flow).into();
     let mut draft = Draft::new(
         "missing-dns-egress",
         format!(
@@ -236,6 +231,22 @@ fn missing_dns(world: &World, flow: &Flow, side: &Judgement) -> Option<Draft> {
         }
     }
     Some(draft)
+}
+
+/// What a client of DNS needs: port 53, and the one that it leads to.
+pub(super) fn dns_ports(flow: &Flow) -> Vec<PortItem> {
+    let mut numbers = vec![dns::PORT];
+    numbers.extend(flow.port.filter(|port| *port != dns::PORT));
+    let ports = numbers.iter().flat_map(|number| {
+        [Protocol::UDP, Protocol::TCP].map(|protocol| {
+            fix::port(&Flow {
+                protocol,
+                port: Some(*number),
+                ..*flow
+            })
+        })
+    });
+    ports.collect()
 }
 
 /// Nothing comes close: the smallest rule that admits this flow.
@@ -311,7 +322,7 @@ fn types_inert(world: &World, flow: &Flow, side: &Judgement) -> Vec<Draft> {
     drafts.collect()
 }
 
-fn inert(
+pub(super) fn inert(
     world: &World,
     subject: End,
     direction: Direction,
@@ -330,205 +341,12 @@ fn inert(
     })
 }
 
-fn inert_message(policy: &NetworkPolicy, direction: Direction) -> String {
+pub(super) fn inert_message(policy: &NetworkPolicy, direction: Direction) -> String {
     format!(
         "{} has {direction} rules, but its policyTypes leave out {}: these rules have no effect",
         policy.full_name(),
         direction.type_name(),
     )
-}
-
-/// What is worth knowing though it does not explain a denial.
-fn beside(world: &World, flow: &Flow, side: &Judgement) -> Vec<Finding> {
-    let (subject, _) = ends(flow, side.direction);
-    let mut findings = Vec::new();
-    if side.because == Because::Protocol {
-        findings.push(plain(
-            "icmp-undefined",
-            Some(side.direction),
-            format!(
-                "{} of {} is isolated by {}, and NetworkPolicy does not define {}: kube-router \
-                 passes echo and refuses timestamp, Cilium blocks it unless `icmps` allows it; \
-                 where messages about a path's MTU die, large transfers hang",
-                side.direction,
-                name(world, subject),
-                names(&side.policies),
-                flow.protocol,
-            ),
-        ));
-    }
-    if side.verdict != Verdict::Deny {
-        for policy in inert(world, subject, side.direction) {
-            let message = inert_message(policy, side.direction);
-            findings.push(plain("policy-types-inert", Some(side.direction), message));
-        }
-    }
-    findings
-}
-
-fn host_network(world: &World, flow: &Flow) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    for direction in Direction::ALL {
-        let (subject, _) = ends(flow, direction);
-        let Who::Pod(id) = subject.who else {
-            continue;
-        };
-        let pod = world.pod(id);
-        if !pod.host_network {
-            continue;
-        }
-        let policies = world.policies_of(&pod.key.namespace).iter();
-        let selecting: Vec<_> = policies
-            .filter(|p| p.pod_selector.matches(&pod.labels))
-            .collect();
-        let inert = match selecting.is_empty() {
-            true => String::new(),
-            false => format!(
-                ", so {} does not restrict it on most CNIs",
-                names(&selecting)
-            ),
-        };
-        findings.push(plain(
-            "host-network",
-            Some(direction),
-            format!(
-                "{} is on its node's network{inert}; to others it is its node, which selectors do \
-                 not match: use an ipBlock of the node's address, or a rule on the node",
-                name(world, subject),
-            ),
-        ));
-    }
-    findings
-}
-
-fn not_enforcing(world: &World, sides: [&Judgement; 2]) -> Option<Finding> {
-    let side = sides.into_iter().find(|s| s.verdict == Verdict::Deny)?;
-    let node = world.pod(side.subject?).node.clone()?;
-    (enforcer(world, &node) == Enforcer::NoneFound).then(|| {
-        plain(
-            "cni-not-enforcing",
-            Some(side.direction),
-            format!(
-                "among the agents of node {node} is none that enforces NetworkPolicies: if that is \
-                 all of them, {} has no effect there and did not cause a drop",
-                names(&side.policies),
-            ),
-        )
-    })
-}
-
-/// Past so many port entries for one selector and direction, the AWS VPC CNI drops what the
-/// policies allow.
-const AWS_PORTS: usize = 24;
-
-fn aws_port_limit(world: &World, sides: [&Judgement; 2], context: &Context) -> Vec<Finding> {
-    let site = context.site.as_ref();
-    let at_tc = site.is_some_and(|site| {
-        let on_eni = site
-            .interface
-            .as_ref()
-            .is_some_and(|i| i.starts_with("eni"));
-        on_eni && site.reason.as_ref().is_some_and(|r| r.starts_with("TC_"))
-    });
-    if !at_tc {
-        return Vec::new();
-    }
-    let mut findings = Vec::new();
-    for side in sides {
-        let Some(node) = side.subject.and_then(|id| world.pod(id).node.clone()) else {
-            continue;
-        };
-        if enforcer(world, &node) != Enforcer::Found("AWS VPC CNI") {
-            continue;
-        }
-        for policy in &side.policies {
-            let entries = policy.side(side.direction).rules.iter();
-            let most = entries.map(|rule| rule.ports.len()).max().unwrap_or(0);
-            if most > AWS_PORTS {
-                findings.push(plain(
-                    "aws-port-limit",
-                    Some(side.direction),
-                    format!(
-                        "{} has {most} port entries for one {} rule, and the AWS VPC CNI keeps \
-                         {AWS_PORTS} for a selector: join neighbouring ports with endPort",
-                        policy.full_name(),
-                        side.direction,
-                    ),
-                ));
-            }
-        }
-    }
-    findings
-}
-
-fn transient(
-    world: &World,
-    flow: &Flow,
-    sides: [&Judgement; 2],
-    context: &Context,
-) -> Option<String> {
-    let at = context.at?;
-    let young = |since: Option<Timestamp>| {
-        let age = at.duration_since(since?);
-        (age >= SignedDuration::ZERO && age < PROPAGATION).then_some(age)
-    };
-    let pods = [flow.source, flow.destination]
-        .into_iter()
-        .filter_map(|end| match end.who {
-            Who::Pod(id) => Some((name(world, end), young(world.pod(id).started)?)),
-            _ => None,
-        });
-    let policies = sides.into_iter().flat_map(|side| &side.policies);
-    let policies = policies.filter_map(|p| Some((p.full_name(), young(p.created)?)));
-    let (what, age) = pods.chain(policies).min_by_key(|(_, age)| *age)?;
-    Some(format!(
-        "{what} was {:.1} s old when the packet was dropped: rules may not have reached every node \
-         by then; wait, and see whether it goes on",
-        age.as_secs_f64(),
-    ))
-}
-
-/// Where else to look, by the kernel's reason.
-const HINTS: [(&str, &str); 9] = [
-    (
-        "NEIGH_",
-        "the next hop's MAC address could not be resolved: is it up?",
-    ),
-    (
-        "IP_RPFILTER",
-        "the reverse-path filter: the answer would leave by another device",
-    ),
-    ("IP_OUTNOROUTES", "there is no route"),
-    ("IP_INNOROUTES", "there is no route"),
-    ("PKT_TOO_BIG", "the packet is larger than the path's MTU"),
-    ("NO_SOCKET", "nobody listens on this port"),
-    ("TCP_LISTEN_OVERFLOW", "the listener's accept queue is full"),
-    ("SOCKET_RCVBUFF", "the receiver's buffer is full"),
-    (
-        "NETFILTER_DROP",
-        "a host firewall, a full conntrack table, or a Service without endpoints",
-    ),
-];
-
-fn not_policy(egress: &Judgement, ingress: &Judgement, context: &Context) -> Finding {
-    let isolated = !egress.policies.is_empty() || !ingress.policies.is_empty();
-    let why = match isolated {
-        false => "no NetworkPolicy isolates either end",
-        true => "the NetworkPolicies allow it",
-    };
-    let reason = context
-        .site
-        .as_ref()
-        .and_then(|site| site.reason.as_deref());
-    let known = reason.and_then(|r| HINTS.iter().find(|(prefix, _)| r.starts_with(prefix)));
-    let hint = match known {
-        Some((_, hint)) => *hint,
-        None => {
-            "look at routes, neighbours, the MTU, reverse-path filters, conntrack, the listener's \
-             queue and the Service's endpoints"
-        }
-    };
-    plain("not-policy", None, format!("{why}: {hint}"))
 }
 
 #[cfg(test)]

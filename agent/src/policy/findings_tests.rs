@@ -2,60 +2,8 @@
 //! flow evaluated again.
 
 use super::*;
-use crate::policy::testing::{flow, objects, policy, shop_policy, world};
-
-fn of(world: &World, text: &str, context: &Context) -> Vec<Finding> {
-    let flow = flow(world, text);
-    let egress = world.judge(&flow, Direction::Egress);
-    let ingress = world.judge(&flow, Direction::Ingress);
-    findings(world, &flow, &egress, &ingress, context)
-}
-
-fn codes(world: &World, text: &str) -> Vec<&'static str> {
-    let findings = of(world, text, &Context::default());
-    findings.iter().map(|f| f.code).collect()
-}
-
-/// The one finding of a code; each of its fixes is applied as its YAML says and must work.
-fn found(more: &str, text: &str, code: &str) -> Finding {
-    let world = world(more);
-    let findings = of(&world, text, &Context::default());
-    let finding = findings.into_iter().find(|f| f.code == code);
-    let finding = finding.unwrap_or_else(|| panic!("no {code} for {text}"));
-    for fix in &finding.fixes {
-        let changed = apply(&world, objects(&fix.yaml).remove(0));
-        let flow = flow(&changed, text);
-        let side = finding.direction.unwrap();
-        assert_eq!(changed.verdict(&flow, side), Verdict::Allow, "{}", fix.yaml);
-    }
-    finding
-}
-
-fn apply(world: &World, object: crate::cluster::objects::Object) -> World {
-    use crate::cluster::objects::Object;
-    use crate::policy::world::Change;
-    world.with(&match object {
-        Object::NetworkPolicy(_, policy) => Change::Policy(policy),
-        Object::Namespace(namespace) => Change::Namespace(namespace),
-        other => panic!("{other:?}"),
-    })
-}
-
-const DNS: &str = "---
-apiVersion: v1
-kind: Pod
-metadata: {name: coredns, namespace: kube-system, labels: {k8s-app: kube-dns, pod-template-hash: x}}
-spec: {nodeName: node-a, containers: [{ports: [{name: dns, containerPort: 5353, protocol: UDP}]}]}
-status: {podIP: 10.244.1.53}
----
-apiVersion: v1
-kind: Service
-metadata: {name: kube-dns, namespace: kube-system}
-spec:
-  clusterIP: 10.96.0.10
-  selector: {k8s-app: kube-dns}
-  ports: [{name: dns, port: 53, protocol: UDP, targetPort: 5353}]
-";
+use crate::cluster::objects::Object;
+use crate::policy::testing::{DNS, codes, flow, found, objects, of, policy, shop_policy, world};
 
 #[test]
 fn missing_dns_egress() {
@@ -339,6 +287,34 @@ fn aws_port_limit() {
     assert!(!has(&(rule(24) + &agent("aws-node")), &at_eni()));
     assert!(!has(&(rule(25) + &agent("cilium")), &at_eni()));
     assert!(!has(&(rule(25) + &agent("aws-node")), &Context::default()));
+
+    // Joined where ports are neighbours, and not shown where that does not help.
+    let fixes = |ports: &str| {
+        let more = policy("p", &format!("  ingress: [{{ports: [{ports}]}}]")) + &agent("aws-node");
+        let findings = of(&world(&more), "shop/web db/pg TCP 1", &at_eni());
+        let finding = findings.into_iter().find(|f| f.code == "aws-port-limit");
+        finding.unwrap().fixes
+    };
+    let mixed = "{port: 80}, {port: 90, endPort: 95}, {port: 93, endPort: 99}, {port: sql}, \
+                 {port: 7, protocol: UDP}";
+    let fix = fixes(&format!("{}, {mixed}", ports.join(", "))).remove(0);
+    assert_eq!(fix.admits.sentence(), "nothing else");
+    let Object::NetworkPolicy(_, joined) = objects(&fix.yaml).remove(0) else {
+        panic!("{}", fix.yaml);
+    };
+    let joined: Vec<String> = joined.ingress.rules[0]
+        .ports
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(
+        joined,
+        ["TCP 1-25", "TCP 80", "TCP 90-99", "TCP \"sql\"", "UDP 7"]
+    );
+    let apart: Vec<String> = (0..25)
+        .map(|p| format!("{{port: {}}}", 1 + 2 * p))
+        .collect();
+    assert_eq!(fixes(&apart.join(", ")).len(), 0);
 }
 
 #[test]

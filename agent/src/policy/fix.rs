@@ -11,6 +11,7 @@ use super::evaluate::{End, Flow, Verdict, Who};
 use super::manifest;
 use super::model::{Block, Direction, NetworkPolicy, Peer, PortItem, PortMatch, Rule};
 use super::selector::Selector;
+use super::tier::TierPeer;
 use super::world::{Change, NAME_LABEL, PodId, World};
 use crate::cluster::objects::{Labels, Pod};
 
@@ -45,6 +46,8 @@ pub struct Admits {
     pub subjects: usize,
     /// Everybody outside of the cluster.
     pub outside: bool,
+    /// Pods that no policy isolated before: what no rule allows them is denied from then on.
+    pub isolates: usize,
     /// Rules of other policies that begin or cease to match.
     pub elsewhere: Vec<String>,
 }
@@ -53,7 +56,10 @@ impl Admits {
     /// The smaller the better.
     fn size(&self) -> (bool, usize) {
         let rules = self.elsewhere.len();
-        (self.outside, self.peers + self.subjects + rules)
+        (
+            self.outside,
+            self.peers + self.subjects + self.isolates + rules,
+        )
     }
 
     /// For people.
@@ -79,6 +85,13 @@ impl Admits {
         if self.subjects > 0 {
             let pods = plural(self.subjects, "more pod");
             parts.push(format!("the same for {pods} that the policy selects"));
+        }
+        if self.isolates > 0 {
+            let pods = plural(self.isolates, "pod");
+            parts.push(format!(
+                "and isolates {pods} that no policy isolated: what no rule allows is denied from \
+                 then on"
+            ));
         }
         parts.extend(self.elsewhere.iter().cloned());
         match parts.is_empty() {
@@ -123,6 +136,7 @@ pub(super) fn prove(
         }
         let (value, command) = match &candidate.change {
             Change::Policy(policy) => (manifest::policy(policy), None),
+            Change::Tier(policy) => (super::tier::manifest::policy(policy), None),
             Change::Namespace(namespace) => {
                 let old = world.pods().find_map(|(id, _)| {
                     let old = world.namespace_of(id);
@@ -198,6 +212,13 @@ fn admits(
         if end.who != subject.who && newly(&with(peer, end)) {
             admits.subjects += 1;
         }
+        if matches!(change, Change::Policy(_)) && !pod.host_network {
+            let newly_isolated = |direction| {
+                before.isolating(id, direction).next().is_none()
+                    && after.isolating(id, direction).next().is_some()
+            };
+            admits.isolates += usize::from(Direction::ALL.into_iter().any(newly_isolated));
+        }
     }
     let nobody = End {
         who: Who::Outside,
@@ -245,6 +266,20 @@ fn elsewhere(before: &World, name: &str, new: &Labels, admits: &mut Admits) {
         }
     }
     admits.elsewhere.extend(gained.into_iter().skip(1));
+    for policy in before.tiers() {
+        let moves = |s: &Selector| s.matches(&old.labels) != s.matches(new);
+        let rules = policy.ingress.iter().chain(&policy.egress);
+        let in_rule = rules.flat_map(|rule| &rule.peers).any(|peer| match peer {
+            TierPeer::Pods(set) => moves(&set.namespaces),
+            TierPeer::Nodes(_) | TierPeer::Networks(_) | TierPeer::Domains(_) => false,
+        });
+        if in_rule || moves(&policy.subject.namespaces) {
+            let name = policy.full_name();
+            admits
+                .elsewhere
+                .push(format!("{name} looks at this label too"));
+        }
+    }
 }
 
 /// A policy with one thing changed.

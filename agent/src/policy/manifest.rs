@@ -54,7 +54,7 @@ pub fn yaml(value: &Value) -> Result<String, serde_saphyr::ser::Error> {
     serde_saphyr::to_string(value)
 }
 
-fn labels(labels: &Labels) -> Value {
+pub(super) fn labels(labels: &Labels) -> Value {
     let pairs = labels.iter();
     pairs
         .map(|(k, v)| (k.to_string(), Value::from(&**v)))
@@ -62,7 +62,7 @@ fn labels(labels: &Labels) -> Value {
         .into()
 }
 
-fn selector(selector: &Selector) -> Value {
+pub(super) fn selector(selector: &Selector) -> Value {
     let (mut labels, mut expressions) = (Map::new(), Vec::new());
     for r in selector.requirements() {
         match (r.operator, &*r.values) {

@@ -4,15 +4,20 @@
 //! |---|---|
 //! | [`selector`] | label selectors, compiled |
 //! | [`model`] | a NetworkPolicy with its defaults set |
+//! | [`tier`] | policies of the Admin and Baseline tiers, and how they decide |
 //! | [`world`] | all objects that decide, by what they are looked up by |
 //! | [`evaluate`] | the verdict of each side of a flow |
+//! | [`matching`] | whether a peer, an address or a port matches |
 //! | [`failure`] | the predicates of a rule that can fail |
 //! | [`findings`] | what is missing, in real names |
+//! | [`beside`], [`aws`] | findings that no missing rule explains |
 //! | [`near`] | the findings of rules that almost matched |
 //! | [`fix`] | changes that mend it, proven, and what else they admit |
 //! | [`manifest`] | a policy or namespace as YAML |
 //! | [`dns`], [`cni`] | what is known of the cluster's DNS, and of who enforces |
 
+mod aws;
+mod beside;
 pub mod cni;
 pub mod dns;
 pub mod evaluate;
@@ -20,10 +25,15 @@ pub mod failure;
 pub mod findings;
 pub mod fix;
 pub mod manifest;
+mod matching;
 pub mod model;
 pub mod near;
 pub mod selector;
+pub mod tier;
 pub mod world;
 
 #[cfg(test)]
 pub(crate) mod testing;
+
+#[cfg(test)]
+mod bench_tests;

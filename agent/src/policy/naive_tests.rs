@@ -7,9 +7,13 @@ use ipnet::IpNet;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use self::tiers::Asked;
 use super::*;
 use crate::policy::testing;
 use crate::policy::world::World;
+
+#[path = "naive_tier_tests.rs"]
+mod tiers;
 
 /// Choices out of a list of numbers: shrinking the list makes a smaller cluster.
 struct Tape<'a>(std::slice::Iter<'a, u16>);
@@ -163,13 +167,14 @@ fn cluster(tape: &mut Tape) -> Vec<Value> {
     }
     for i in 0..2 {
         objects.push(json!({"apiVersion": "v1", "kind": "Node",
-            "metadata": {"name": format!("node-{i}")},
+            "metadata": {"name": format!("node-{i}"), "labels": tape.labels()},
             "status": {"addresses": [
                 {"type": "InternalIP", "address": format!("192.168.0.{}", i + 1)},
                 {"type": "InternalIP", "address": format!("fd00::{}", i + 1)}]}}));
     }
     objects.extend((0..PODS).map(|i| tape.pod(i)));
     objects.extend((0..tape.below(5)).map(|i| tape.policy(i)));
+    objects.extend((0..tape.below(4)).map(|i| tape.tier_policy(i)));
     objects
 }
 
@@ -257,6 +262,34 @@ impl Naive<'_> {
         if ingress && from_node {
             return Verdict::Allow;
         }
+        let to = to.object;
+        let asked = Asked {
+            pod,
+            peer,
+            subject,
+            to,
+            protocol,
+            ingress,
+        };
+        let has_ports = matches!(protocol, "TCP" | "UDP" | "SCTP");
+        // Every port is asked for: those at which a range of the generator begins or ends.
+        let ports: Vec<Option<u64>> = match port {
+            None if has_ports && self.governs(&asked) => {
+                let ends = [1, 79, 80, 81, 442, 443, 444, 8080, 8081, 65535];
+                ends.into_iter().map(Some).collect()
+            }
+            port => vec![port],
+        };
+        let verdicts: Vec<Verdict> = ports.iter().map(|port| self.tiers(&asked, *port)).collect();
+        [Verdict::Deny, Verdict::Undefined]
+            .into_iter()
+            .find(|verdict| verdicts.contains(verdict))
+            .unwrap_or(Verdict::Allow)
+    }
+
+    /// `None`: none isolates the pod.
+    fn network_policies(&self, asked: &Asked, port: Option<u64>) -> Option<Verdict> {
+        let (pod, ingress, protocol) = (asked.pod, asked.ingress, asked.protocol);
         let (field, items) = if ingress {
             ("ingress", "from")
         } else {
@@ -284,14 +317,14 @@ impl Naive<'_> {
             for rule in list(spec, &format!("/{field}")) {
                 let ports = list(rule, "/ports");
                 let port_fits =
-                    ports.is_empty() || ports.iter().any(|p| fits(p, to.object, protocol, port));
+                    ports.is_empty() || ports.iter().any(|p| fits(p, asked.to, protocol, port));
                 let peers = list(rule, &format!("/{items}"));
                 if !port_fits {
                     continue;
                 }
                 yes |= peers.is_empty();
                 for item in peers {
-                    match self.peer(item, namespace, peer, subject) {
+                    match self.peer(item, namespace, asked.peer, asked.subject) {
                         Some(true) => yes = true,
                         Some(false) => {}
                         None => maybe = true,
@@ -300,12 +333,18 @@ impl Naive<'_> {
             }
         }
         match () {
-            () if !isolated => Verdict::Allow,
-            () if !matches!(protocol, "TCP" | "UDP" | "SCTP") => Verdict::Undefined,
-            () if yes => Verdict::Allow,
-            () if maybe => Verdict::Undefined,
-            () => Verdict::Deny,
+            () if !isolated => None,
+            () if !matches!(protocol, "TCP" | "UDP" | "SCTP") => Some(Verdict::Undefined),
+            () if yes => Some(Verdict::Allow),
+            () if maybe => Some(Verdict::Undefined),
+            () => Some(Verdict::Deny),
         }
+    }
+
+    fn namespace_labels(&self, name: &str) -> Value {
+        let mut namespaces = self.of_kind("Namespace");
+        let object = namespaces.find(|n| text(n, "/metadata/name") == name);
+        object.map_or(json!({}), |o| o["metadata"]["labels"].clone())
     }
 
     /// `None`: it depends.
@@ -339,15 +378,7 @@ impl Naive<'_> {
         let namespace = text(pod, "/metadata/namespace");
         let right_namespace = match item.get("namespaceSelector") {
             None => namespace == own,
-            Some(selector) => {
-                let object = self
-                    .of_kind("Namespace")
-                    .find(|n| text(n, "/metadata/name") == namespace);
-                selects(
-                    selector,
-                    &object.map_or(json!({}), |o| o["metadata"]["labels"].clone()),
-                )
-            }
+            Some(selector) => selects(selector, &self.namespace_labels(namespace)),
         };
         let right_pod = item
             .get("podSelector")
@@ -412,7 +443,7 @@ proptest! {
 
     #[test]
     fn it_agrees_with_a_naive_evaluator(
-        choices in prop::collection::vec(any::<u16>(), 60..400),
+        choices in prop::collection::vec(any::<u16>(), 60..500),
         asked in prop::collection::vec(any::<[u16; 4]>(), FLOWS),
     ) {
         let objects = cluster(&mut Tape(choices.iter()));

@@ -316,6 +316,13 @@ pub fn sentence(world: &World, flow: &Flow, direction: Direction, failure: &Fail
                 flow.protocol
             )
         }
+        (Failure::NotANode, _) => format!("it selects nodes, and {} is none", name(world, peer)),
+        (Failure::PeerNode(wanted), _) => {
+            format!(
+                "it asks for nodes with {wanted}, unlike {}",
+                name(world, peer)
+            )
+        }
         (Failure::NoRules, _) => "it has no rules".to_owned(),
         (Failure::ProtocolUndefined, _) => format!("{} is not defined", flow.protocol),
         (failure, _) => failure.code().to_owned(),

@@ -1,7 +1,9 @@
 //! Worlds from manifests, for tests.
 
-use super::evaluate::{End, Flow, Who};
-use super::world::World;
+use super::evaluate::{End, Flow, Verdict, Who};
+use super::findings::{Context, Finding, findings};
+use super::model::Direction;
+use super::world::{Change, World};
 use crate::cluster::document;
 use crate::cluster::objects::{Interner, Object};
 
@@ -65,6 +67,62 @@ pub fn shop_policy(name: &str, rest: &str) -> String {
         .replace("app: pg", "app: web")
 }
 
+/// The findings of a flow.
+pub fn of(world: &World, text: &str, context: &Context) -> Vec<Finding> {
+    let flow = flow(world, text);
+    let egress = world.judge(&flow, Direction::Egress);
+    let ingress = world.judge(&flow, Direction::Ingress);
+    findings(world, &flow, &egress, &ingress, context)
+}
+
+/// The codes of a flow's findings.
+pub fn codes(world: &World, text: &str) -> Vec<&'static str> {
+    let findings = of(world, text, &Context::default());
+    findings.iter().map(|f| f.code).collect()
+}
+
+/// The one finding of a code; each of its fixes is applied as its YAML says and must work.
+pub fn found(more: &str, text: &str, code: &str) -> Finding {
+    let world = world(more);
+    let findings = of(&world, text, &Context::default());
+    let finding = findings.into_iter().find(|f| f.code == code);
+    let finding = finding.unwrap_or_else(|| panic!("no {code} for {text}"));
+    for fix in &finding.fixes {
+        let changed = apply(&world, objects(&fix.yaml).remove(0));
+        let flow = flow(&changed, text);
+        let side = finding.direction.unwrap();
+        assert_eq!(changed.verdict(&flow, side), Verdict::Allow, "{}", fix.yaml);
+    }
+    finding
+}
+
+/// The world after a manifest is applied.
+pub fn apply(world: &World, object: Object) -> World {
+    world.with(&match object {
+        Object::NetworkPolicy(_, policy) => Change::Policy(policy),
+        Object::TierPolicy(_, policy) => Change::Tier(policy),
+        Object::Namespace(namespace) => Change::Namespace(namespace),
+        other => panic!("{other:?}"),
+    })
+}
+
+/// A DNS pod and its Service, which leads to another port.
+pub const DNS: &str = "---
+apiVersion: v1
+kind: Pod
+metadata: {name: coredns, namespace: kube-system, labels: {k8s-app: kube-dns, pod-template-hash: x}}
+spec: {nodeName: node-a, containers: [{ports: [{name: dns, containerPort: 5353, protocol: UDP}]}]}
+status: {podIP: 10.244.1.53}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: kube-dns, namespace: kube-system}
+spec:
+  clusterIP: 10.96.0.10
+  selector: {k8s-app: kube-dns}
+  ports: [{name: dns, port: 53, protocol: UDP, targetPort: 5353}]
+";
+
 /// The cluster of [`world`].
 pub const BASE: &str = "
 apiVersion: v1
@@ -81,7 +139,7 @@ metadata: {name: kube-system}
 ---
 apiVersion: v1
 kind: Node
-metadata: {name: node-a}
+metadata: {name: node-a, labels: {zone: a}}
 spec: {podCIDR: 10.244.1.0/24}
 status: {addresses: [{type: InternalIP, address: 192.168.0.1}]}
 ---

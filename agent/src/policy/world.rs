@@ -11,6 +11,7 @@ use std::sync::{Arc, OnceLock};
 use ipnet::IpNet;
 
 use super::model::{Direction, NetworkPolicy};
+use super::tier::{Tier, TierPolicy};
 use crate::cluster::objects::{
     Endpoints, Key, Labels, Namespace, Node, Object, ObjectKind, Pod, Service,
 };
@@ -27,8 +28,8 @@ pub type NodeId = u32;
 
 /// Namespace and name.
 type FullName = (Arc<str>, Arc<str>);
-/// The policies that isolate a pod, for ingress and for egress.
-type Isolating = [Box<[u32]>; 2];
+/// The policies that count for a pod, for ingress and for egress.
+type Indices = [Box<[u32]>; 2];
 
 /// Everything that decides about a flow.
 #[derive(Clone, Debug)]
@@ -38,7 +39,11 @@ pub struct World {
     /// By namespace.
     policies: Vec<Arc<[Arc<NetworkPolicy>]>>,
     /// By pod, found when it is first asked for: ingress and egress as indices into `policies`.
-    isolating: Arc<[OnceLock<Isolating>]>,
+    isolating: Arc<[OnceLock<Indices>]>,
+    /// In the order in which they are asked.
+    tiers: Arc<[Arc<TierPolicy>]>,
+    /// By pod, as `isolating`, as indices into `tiers`.
+    governing: Arc<[OnceLock<Indices>]>,
 }
 
 /// What no fix changes.
@@ -50,6 +55,7 @@ pub(super) struct Inventory {
     by_name: HashMap<Arc<str>, HashMap<Arc<str>, PodId>>,
     by_ip: HashMap<IpAddr, Vec<PodId>>,
     node_by_ip: HashMap<IpAddr, NodeId>,
+    node_by_name: HashMap<Arc<str>, NodeId>,
     namespace_ids: HashMap<Arc<str>, NamespaceId>,
     /// Namespaces that only their pods or policies told of.
     inferred: HashSet<NamespaceId>,
@@ -63,6 +69,8 @@ pub(super) struct Inventory {
 pub enum Change {
     /// The policy is as this, or new.
     Policy(Arc<NetworkPolicy>),
+    /// The policy of a tier is as this.
+    Tier(Arc<TierPolicy>),
     /// The namespace has these labels.
     Namespace(Arc<Namespace>),
 }
@@ -73,6 +81,7 @@ impl World {
         let mut inventory = Inventory::default();
         let mut namespaces: Vec<Arc<Namespace>> = Vec::new();
         let mut policies: Vec<Arc<NetworkPolicy>> = Vec::new();
+        let mut tiers: Vec<Arc<TierPolicy>> = Vec::new();
         for object in objects {
             match object {
                 Object::Pod(pod) => inventory.pods.push(pod.clone()),
@@ -100,6 +109,7 @@ impl World {
                     }
                 }
                 Object::NetworkPolicy(_, policy) => policies.push(policy.clone()),
+                Object::TierPolicy(_, policy) => tiers.push(policy.clone()),
                 Object::Owner(..) => {}
             }
         }
@@ -129,6 +139,8 @@ impl World {
         }
         Self {
             isolating: fresh(inventory.pods.len()),
+            tiers: in_order(tiers),
+            governing: fresh(inventory.pods.len()),
             inventory: Arc::new(inventory),
             namespaces,
             policies: by_namespace.into_iter().map(Arc::from).collect(),
@@ -142,7 +154,15 @@ impl World {
             Change::Namespace(namespace) => {
                 if let Some(id) = self.inventory.namespace_ids.get(&namespace.key.name) {
                     world.namespaces[*id as usize] = with_name_label(namespace);
+                    world.governing = fresh(self.inventory.pods.len());
                 }
+            }
+            Change::Tier(policy) => {
+                let is_old =
+                    |p: &&Arc<TierPolicy>| (p.kind, &p.name) == (policy.kind, &policy.name);
+                let others = self.tiers.iter().filter(|p| !is_old(p)).cloned();
+                world.tiers = in_order(others.chain([policy.clone()]).collect());
+                world.governing = fresh(self.inventory.pods.len());
             }
             Change::Policy(policy) => {
                 let Some(id) = self.inventory.namespace_ids.get(&policy.namespace) else {
@@ -189,6 +209,11 @@ impl World {
     /// The node that has an address.
     pub fn node_at(&self, ip: IpAddr) -> Option<NodeId> {
         self.inventory.node_by_ip.get(&ip.to_canonical()).copied()
+    }
+
+    /// The node of a name.
+    pub fn node_named(&self, name: &str) -> Option<NodeId> {
+        self.inventory.node_by_name.get(name).copied()
     }
 
     /// The Service that has an address.
@@ -261,18 +286,63 @@ impl World {
                 .zip(policies.iter())
                 .filter(|(_, policy)| policy.pod_selector.matches(labels));
             let selecting: Vec<(u32, &Arc<NetworkPolicy>)> = selecting.collect();
-            [Direction::Ingress, Direction::Egress].map(|direction| {
+            Direction::ALL.map(|direction| {
                 let isolating = selecting.iter();
                 let isolating = isolating.filter(|(_, policy)| policy.side(direction).isolates);
                 isolating.map(|(i, _)| *i).collect()
             })
         });
-        let indices = match direction {
-            Direction::Ingress => &of_pod[0],
-            Direction::Egress => &of_pod[1],
-        };
+        let indices = of_direction(of_pod, direction);
         indices.iter().map(|i| &policies[*i as usize])
     }
+
+    /// All policies of the tiers, in the order in which they are asked.
+    pub fn tiers(&self) -> &[Arc<TierPolicy>] {
+        &self.tiers
+    }
+
+    /// The policies of a tier whose subject a pod is and that have rules for the direction, in the
+    /// order in which they are asked.
+    pub fn governing(
+        &self,
+        pod: PodId,
+        direction: Direction,
+        tier: Tier,
+    ) -> impl Iterator<Item = &Arc<TierPolicy>> + Clone {
+        // Most clusters have none: then no pod is looked at.
+        let indices: &[u32] = match self.tiers.is_empty() {
+            true => &[],
+            false => {
+                let of_pod = self.governing[pod as usize].get_or_init(|| {
+                    let own = (0..).zip(self.tiers.iter());
+                    let own: Vec<_> = own.filter(|(_, p)| self.is_in(pod, &p.subject)).collect();
+                    Direction::ALL.map(|direction| {
+                        let own = own.iter();
+                        let own = own.filter(|(_, policy)| !policy.rules(direction).is_empty());
+                        own.map(|(i, _)| *i).collect()
+                    })
+                });
+                of_direction(of_pod, direction)
+            }
+        };
+        let policies = indices.iter().map(|i| &self.tiers[*i as usize]);
+        policies.filter(move |policy| policy.tier == tier)
+    }
+}
+
+fn of_direction(indices: &Indices, direction: Direction) -> &[u32] {
+    match direction {
+        Direction::Ingress => &indices[0],
+        Direction::Egress => &indices[1],
+    }
+}
+
+fn in_order(mut policies: Vec<Arc<TierPolicy>>) -> Arc<[Arc<TierPolicy>]> {
+    policies.sort_by(|a, b| {
+        let order = |p: &TierPolicy| (p.tier, p.priority, p.kind);
+        order(a).cmp(&order(b)).then_with(|| a.name.cmp(&b.name))
+    });
+    policies.into()
 }
 
 impl Inventory {
@@ -295,11 +365,12 @@ impl Inventory {
         }
         for (id, node) in (0..).zip(&self.nodes) {
             self.node_by_ip.extend(node.ips.iter().map(|ip| (*ip, id)));
+            self.node_by_name.insert(node.key.name.clone(), id);
         }
     }
 }
 
-fn fresh(pods: usize) -> Arc<[OnceLock<Isolating>]> {
+fn fresh(pods: usize) -> Arc<[OnceLock<Indices>]> {
     (0..pods).map(|_| OnceLock::new()).collect()
 }
 

@@ -5,9 +5,12 @@ use serde_json::{Value, json};
 use super::Asked;
 use super::target::{self, Target};
 use crate::policy::evaluate::{Because, End, Flow, Judgement, Match, RuleResult, Verdict, Who};
+use crate::policy::failure::Failure;
 use crate::policy::findings::{self, Context, Finding, name};
 use crate::policy::model::Direction;
 use crate::policy::near;
+use crate::policy::tier::Tier;
+use crate::policy::tier::decide::TierResult;
 use crate::policy::world::World;
 
 /// What policies say of a connection.
@@ -166,12 +169,73 @@ fn end(world: &World, end: End) -> Value {
 fn side(world: &World, flow: &Flow, judgement: &Judgement) -> Value {
     let policies = judgement.policies.iter().map(|p| p.full_name());
     let rules = judgement.rules.iter();
-    json!({
+    let mut value = json!({
         "verdict": judgement.verdict.as_str(),
         "because": because(judgement),
         "policies": policies.collect::<Vec<_>>(),
         "rules": rules.map(|r| rule(world, flow, judgement, r)).collect::<Vec<_>>(),
-    })
+    });
+    if !judgement.tiers.is_empty() {
+        let tiers = judgement.tiers.iter().enumerate();
+        let tiers = tiers.map(|(i, result)| {
+            let mut value = tier_rule(world, flow, judgement, result);
+            if judgement.decided == Some(i) {
+                value["decides"] = json!(true);
+            }
+            value
+        });
+        value["tiers"] = tiers.collect();
+    }
+    if let Some(port) = judgement.port {
+        value["port"] = json!(port);
+    }
+    value
+}
+
+/// One rule of a tier, as it was asked.
+fn tier_rule(world: &World, flow: &Flow, judgement: &Judgement, result: &TierResult) -> Value {
+    let (policy, direction) = (result.policy, judgement.direction);
+    let mut value = json!({
+        "kind": policy.kind.as_str(),
+        "policy": policy.name,
+        "tier": policy.tier.as_str(),
+        "rule": format!("spec.{direction}[{}]", result.rule),
+        "action": result.action.as_str(policy.kind),
+        "matched": matched(result.matched),
+    });
+    if let Some(priority) = policy.priority {
+        value["priority"] = json!(priority);
+    }
+    let rule = &policy.rules(direction)[result.rule];
+    if let Some(name) = &rule.name {
+        value["name"] = json!(name);
+    }
+    failed(&mut value, world, flow, direction, &result.failures);
+    value
+}
+
+fn matched(matched: Match) -> Value {
+    match matched {
+        Match::Yes => json!(true),
+        Match::Maybe => Value::Null,
+        Match::No => json!(false),
+    }
+}
+
+fn failed(
+    value: &mut Value,
+    world: &World,
+    flow: &Flow,
+    direction: Direction,
+    failures: &[Failure],
+) {
+    if let Some((first, others)) = failures.split_first() {
+        value["failed"] = json!(first.code());
+        value["reason"] = json!(near::sentence(world, flow, direction, first));
+        if !others.is_empty() {
+            value["also_failed"] = others.iter().map(|f| json!(f.code())).collect();
+        }
+    }
 }
 
 /// Why a side says so, in a few words.
@@ -188,6 +252,14 @@ pub fn because(judgement: &Judgement) -> &'static str {
             "only an ipBlock matches, and the peer is a pod: Cilium never matches those, others do"
         }
         Because::Protocol => "NetworkPolicy does not define this protocol",
+        Because::Tier(Tier::Admin) => "a rule of the Admin tier decides, before NetworkPolicies",
+        Because::Tier(Tier::Baseline) => {
+            "no NetworkPolicy isolates the pod, and the Baseline tier decides"
+        }
+        Because::TierConflict => "policies of one tier and priority disagree, and either may count",
+        Because::TierUnknown => {
+            "whether a rule of a tier matches depends on the address, or on what DNS answers"
+        }
     }
 }
 
@@ -195,11 +267,7 @@ fn rule(world: &World, flow: &Flow, judgement: &Judgement, result: &RuleResult) 
     let direction = judgement.direction;
     let mut value = json!({
         "policy": result.policy.full_name(),
-        "matched": match result.matched {
-            Match::Yes => json!(true),
-            Match::Maybe => Value::Null,
-            Match::No => json!(false),
-        },
+        "matched": matched(result.matched),
     });
     if let Some(rule) = result.rule {
         let mut path = format!("spec.{direction}[{rule}]");
@@ -212,13 +280,7 @@ fn rule(world: &World, flow: &Flow, judgement: &Judgement, result: &RuleResult) 
         }
         value["rule"] = json!(path);
     }
-    if let Some((first, others)) = result.failures.split_first() {
-        value["failed"] = json!(first.code());
-        value["reason"] = json!(near::sentence(world, flow, direction, first));
-        if !others.is_empty() {
-            value["also_failed"] = others.iter().map(|f| json!(f.code())).collect();
-        }
-    }
+    failed(&mut value, world, flow, direction, &result.failures);
     value
 }
 
@@ -242,6 +304,7 @@ fn finding(finding: &Finding) -> Value {
                 "examples": admits.examples,
                 "other_pods_selected": admits.subjects,
                 "outside": admits.outside,
+                "pods_newly_isolated": admits.isolates,
                 "elsewhere": admits.elsewhere,
             },
         });

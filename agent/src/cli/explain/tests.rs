@@ -265,6 +265,47 @@ fn names_that_a_terminal_would_obey_are_escaped() {
 }
 
 #[test]
+fn a_rule_of_a_tier_is_named_with_what_it_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("objects.yaml");
+    let tier = "---
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {name: closed}
+spec:
+  tier: Admin
+  priority: 5
+  subject: {namespaces: {}}
+  ingress:
+  - {name: no-sql, action: Deny, from: [{namespaces: {}}], protocols: [{destinationNamedPort: sql}]}
+";
+    std::fs::write(&path, format!("{OBJECTS}{tier}")).unwrap();
+    let paths = [path];
+    let (code, text) = run_on("shop/web db/pg-0 --port 5432", &paths);
+    assert_eq!(code, Ok(1));
+    let rule = "ingress rule 1 \"no-sql\" of ClusterNetworkPolicy closed (Admin tier, priority 5)";
+    for part in [
+        &format!("no: {rule} says Deny"),
+        "admin-tier-denied: ",
+        "action: Accept",
+    ] {
+        assert!(text.contains(part), "no {part:?} in\n{text}");
+    }
+    let (_, out) = run_on("shop/web db/pg-0 --port 5432 -o json", &paths);
+    let json: Value = serde_json::from_str(&out).unwrap();
+    let tier = &json["ingress"]["tiers"][0];
+    assert_eq!(
+        (&tier["policy"], &tier["rule"], &tier["decides"]),
+        (&json!("closed"), &json!("spec.ingress[0]"), &json!(true))
+    );
+    // Another port is for the NetworkPolicy to say, and why the tier does not is there too.
+    let (_, out) = run_on("shop/web db/pg-0 --port 80 -o json", &paths);
+    let json: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(json["ingress"]["tiers"][0]["failed"], "port");
+    assert_eq!(json["ingress"]["tiers"][0]["decides"], Value::Null);
+}
+
+#[test]
 fn a_broken_file_is_no_ground_for_an_answer() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("objects.yaml");

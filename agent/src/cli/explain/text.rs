@@ -3,7 +3,7 @@
 use super::answer::{Answer, because};
 use crate::policy::cni::{Enforcer, enforcer};
 use crate::policy::dns;
-use crate::policy::evaluate::{Judgement, Match, Verdict, Who};
+use crate::policy::evaluate::{Because, Judgement, Match, Verdict, Who};
 use crate::policy::findings::{name, names, port};
 use crate::policy::model::Direction;
 use crate::policy::near;
@@ -80,6 +80,14 @@ fn side(world: &World, answer: &Answer, judgement: &Judgement) -> String {
     .to_owned();
     let matched = judgement.rules.iter().find(|r| r.matched == Match::Yes);
     text += &match (judgement.verdict, matched) {
+        _ if matches!(judgement.because, Because::Tier(_)) => {
+            let decided = judgement.decided.and_then(|i| judgement.tiers.get(i));
+            let Some(result) = decided else {
+                return text + because(judgement);
+            };
+            let action = result.action.as_str(result.policy.kind);
+            format!("{} says {action}", result.name(judgement.direction))
+        }
         (Verdict::Allow, Some(result)) => {
             let rule = result.rule.map_or(0, |rule| rule + 1);
             format!("rule {rule} of {} matches", result.policy.full_name())

@@ -238,7 +238,7 @@ impl RawNode {
         Ok(Fields::Node(Box::new(self), ips))
     }
 
-    pub(super) fn strip(self, key: Key, ips: Vec<IpAddr>) -> Node {
+    pub(super) fn strip(self, key: Key, ips: Vec<IpAddr>, strings: &mut Interner) -> Node {
         let ranges = self.spec.map(|s| both(s.pod_cidrs, s.pod_cidr));
         let ranges = ranges.unwrap_or_default();
         Node {
@@ -246,6 +246,7 @@ impl RawNode {
             created: self.metadata.creation_timestamp,
             ips: canonical(ips),
             pod_ranges: ranges.iter().map(IpNet::trunc).collect(),
+            labels: shared(self.metadata.labels, strings),
         }
     }
 }

@@ -63,7 +63,7 @@ enum NumberOrName {
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct RawSelector {
+pub(super) struct RawSelector {
     match_labels: Option<BTreeMap<String, String>>,
     match_expressions: Option<Vec<RawRequirement>>,
 }
@@ -261,7 +261,7 @@ impl RawPort {
 }
 
 /// RFC 6335, section 5.1, in lower case.
-fn is_port_name(name: &str) -> bool {
+pub(super) fn is_port_name(name: &str) -> bool {
     let bytes = name.as_bytes();
     (1..=15).contains(&bytes.len())
         && bytes
@@ -274,7 +274,7 @@ fn is_port_name(name: &str) -> bool {
 }
 
 impl RawSelector {
-    fn compile(self, at: &str) -> Result<Selector, String> {
+    pub(super) fn compile(self, at: &str) -> Result<Selector, String> {
         let mut requirements = Vec::new();
         for (key, value) in self.match_labels.unwrap_or_default() {
             let at = format!("{at}.matchLabels");

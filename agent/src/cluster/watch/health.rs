@@ -113,7 +113,12 @@ pub fn source(kind: ObjectKind) -> (&'static str, &'static str) {
         ),
         ObjectKind::Namespace => ("cluster-namespaces", "namespaces are not counted"),
         ObjectKind::NetworkPolicy => ("cluster-networkpolicies", "policies are not known"),
-        ObjectKind::Endpoints | ObjectKind::ReplicaSet | ObjectKind::Job => ("cluster-others", ""),
+        ObjectKind::Endpoints
+        | ObjectKind::ReplicaSet
+        | ObjectKind::Job
+        | ObjectKind::ClusterNetworkPolicy
+        | ObjectKind::AdminNetworkPolicy
+        | ObjectKind::BaselineAdminNetworkPolicy => ("cluster-others", ""),
     }
 }
 

@@ -197,12 +197,16 @@ async fn churn(admin: &Client) -> Result<u32> {
     let started = Instant::now();
     let mut tick = tokio::time::interval(Duration::from_secs(1) / CHANGES_A_SECOND);
     let mut tasks = tokio::task::JoinSet::new();
+    // A server that is slow makes the changes fewer, not the connections more.
+    let room = Arc::new(tokio::sync::Semaphore::new(AT_ONCE));
     let mut changes = 0;
     while started.elapsed() < CHURN {
         tick.tick().await;
+        let place = room.clone().acquire_owned().await?;
         let pod = objects::pod(changes as usize % PODS);
         let pods = api(admin, &pod)?;
         tasks.spawn(async move {
+            let _place = place;
             let conditions =
                 json!([{"type": "Ready", "status": "False", "reason": format!("round {changes}")}]);
             let patch = Patch::Merge(json!({"status": {"conditions": conditions}}));
