@@ -238,6 +238,7 @@ impl Follower {
         };
         let times = Times {
             watch,
+            discovery: Duration::from_secs(300),
             start_jitter: Duration::from_millis(1),
         };
         let run = watch::run(

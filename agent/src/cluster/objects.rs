@@ -119,16 +119,20 @@ impl ObjectKind {
         Self::TABLE[self as usize].1
     }
 
-    /// The group with its version, as `discovery.k8s.io/v1`.
-    pub fn api_version(self) -> String {
-        let version = match self {
+    /// The version of the API, as `v1`.
+    pub fn version(self) -> &'static str {
+        match self {
             Self::ClusterNetworkPolicy => "v1alpha2",
             Self::AdminNetworkPolicy | Self::BaselineAdminNetworkPolicy => "v1alpha1",
             _ => "v1",
-        };
+        }
+    }
+
+    /// The group with its version, as `discovery.k8s.io/v1`.
+    pub fn api_version(self) -> String {
         match self.group() {
-            "" => version.to_owned(),
-            group => format!("{group}/{version}"),
+            "" => self.version().to_owned(),
+            group => format!("{group}/{}", self.version()),
         }
     }
 

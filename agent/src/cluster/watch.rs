@@ -49,13 +49,22 @@ mod pace;
 
 /// The kinds that are watched. ReplicaSets and Jobs are not: a pod itself tells what they would, and in
 /// a large cluster they are as many as the pods.
-pub const KINDS: [ObjectKind; 6] = [
+pub const KINDS: [ObjectKind; 9] = [
     ObjectKind::Namespace,
     ObjectKind::Node,
     ObjectKind::Service,
     ObjectKind::Pod,
     ObjectKind::EndpointSlice,
     ObjectKind::NetworkPolicy,
+    ObjectKind::ClusterNetworkPolicy,
+    ObjectKind::AdminNetworkPolicy,
+    ObjectKind::BaselineAdminNetworkPolicy,
+];
+/// Of these the kinds that only some clusters have.
+const OPTIONAL: [ObjectKind; 3] = [
+    ObjectKind::ClusterNetworkPolicy,
+    ObjectKind::AdminNetworkPolicy,
+    ObjectKind::BaselineAdminNetworkPolicy,
 ];
 
 /// The source's name; each kind has one of its own beside it.
@@ -73,6 +82,8 @@ const SILENCE_MARGIN: Duration = Duration::from_secs(3);
 const UNREACHABLE: Duration = Duration::from_secs(60);
 /// Pauses between two attempts to connect.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// Between two looks at which of the optional kinds the server has.
+const DISCOVERY: Duration = Duration::from_secs(300);
 /// Between two rounds of forgetting strings that nobody uses.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
 
@@ -98,6 +109,8 @@ pub enum Reach {
 pub struct Times {
     /// How long a watch may last, which is also how long one that is silent goes unnoticed.
     pub watch: Duration,
+    /// Between two looks at which of the optional kinds the server has; half of it to one and a half.
+    pub discovery: Duration,
     /// The first request comes at a random moment before this has passed, so that the agents of a
     /// cluster that start together do not ask together.
     pub start_jitter: Duration,
@@ -108,6 +121,7 @@ impl Default for Times {
         Self {
             // Not the same on each node, so that they do not ask together again.
             watch: Duration::from_secs(240) + random(Duration::from_secs(60)),
+            discovery: DISCOVERY,
             start_jitter: Duration::from_secs(3),
         }
     }
@@ -181,10 +195,40 @@ pub async fn infer() -> Result<Config, String> {
 }
 
 impl Server {
-    /// Of all endpoints an agent that watches its node would keep more than of all pods of it.
+    /// Optional kinds only where they are. Of all endpoints an agent that watches its node would keep more than of all pods of it.
     fn watches(&self, kind: ObjectKind) -> bool {
-        !(self.is_of_node && kind == ObjectKind::EndpointSlice)
+        match kind {
+            ObjectKind::EndpointSlice => !self.is_of_node,
+            kind if OPTIONAL.contains(&kind) => self.offered.contains(&kind),
+            _ => true,
+        }
     }
+}
+
+/// The optional kinds that the server has; `None` if it does not say.
+async fn offered(client: &Client) -> Option<Vec<ObjectKind>> {
+    let mut offered = Vec::new();
+    for kind in OPTIONAL {
+        let path = format!("/apis/{}", kind.api_version());
+        let request = hyper::Request::get(path).body(Vec::new()).ok()?;
+        let answer = tokio::time::timeout(VERSION_TIMEOUT, client.request::<Value>(request));
+        let resources = match answer.await.ok()? {
+            Ok(answer) => answer["resources"].as_array().cloned().unwrap_or_default(),
+            // The group, or this version of it.
+            Err(kube::Error::Api(status)) if status.code == 404 => Vec::new(),
+            Err(_) => return None,
+        };
+        if resources.iter().any(|known| known["name"] == kind.plural()) {
+            offered.push(kind);
+        }
+    }
+    Some(offered)
+}
+
+/// The same after a while, a different one on each node.
+async fn discover(client: Client, after: Duration) -> Option<Vec<ObjectKind>> {
+    tokio::time::sleep(after / 2 + random(after)).await;
+    offered(&client).await
 }
 
 /// How many pods there are; `None` if the server does not tell.
@@ -216,6 +260,8 @@ struct Server {
     streams: bool,
     /// Only the pods of this node are watched.
     is_of_node: bool,
+    /// The optional kinds that it has.
+    offered: Vec<ObjectKind>,
 }
 
 /// What is known of one kind's watch.
@@ -267,6 +313,7 @@ impl Cluster {
             .trim_end_matches(|c: char| !c.is_ascii_digit());
         let streams =
             version.major != "1" || minor.parse().is_ok_and(|m: u32| m >= STREAMING_LISTS);
+        let offered = offered(&client).await.unwrap_or_default();
         let pods = match self.reach {
             Reach::Auto => count_pods(&client).await,
             Reach::Cluster | Reach::Node => None,
@@ -299,11 +346,12 @@ impl Cluster {
             url,
             streams,
             is_of_node,
+            offered,
         })
     }
 
     /// Until the configuration should be read again, and why.
-    async fn follow(&mut self, server: Server) -> String {
+    async fn follow(&mut self, mut server: Server) -> String {
         self.say(true, Some(server.shown.clone()), None);
         let mut watches = Watches::default();
         for kind in KINDS.into_iter().filter(|kind| server.watches(*kind)) {
@@ -314,6 +362,7 @@ impl Cluster {
         }
         let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
         let mut second = tokio::time::interval(Duration::from_secs(1));
+        let mut discovery = std::pin::pin!(discover(server.client.clone(), self.times.discovery));
         loop {
             tokio::select! {
                 (kind, step) = watches.next() => {
@@ -353,6 +402,10 @@ impl Cluster {
                         let change = Change::Delete(key);
                         self.state.index_mut().apply(change, Timestamp::now());
                     }
+                }
+                offered = &mut discovery => {
+                    discovery.set(discover(server.client.clone(), self.times.discovery));
+                    self.offered(&mut server, offered, &mut watches);
                 }
                 _ = housekeeping.tick() => self.strings.purge(),
             }
@@ -396,6 +449,34 @@ impl Cluster {
             false => config.streaming_lists(),
         };
         watches.open(kind, server.client.clone(), config);
+    }
+
+    /// Definitions of optional kinds came or went.
+    fn offered(
+        &mut self,
+        server: &mut Server,
+        offered: Option<Vec<ObjectKind>>,
+        watches: &mut Watches,
+    ) {
+        let Some(offered) = offered else {
+            return;
+        };
+        let before = std::mem::replace(&mut server.offered, offered);
+        for kind in OPTIONAL {
+            match (before.contains(&kind), server.offered.contains(&kind)) {
+                (false, true) => {
+                    self.kind(kind).in_pages = !server.streams;
+                    self.open(kind, server, watches);
+                }
+                (true, false) => {
+                    watches.close(kind);
+                    // With its definition each object is gone.
+                    self.kind(kind).listing = Some((Instant::now(), HashSet::new()));
+                    self.complete(kind);
+                }
+                _ => {}
+            }
+        }
     }
 
     fn step(&mut self, kind: ObjectKind, step: Step) {

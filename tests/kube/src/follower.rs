@@ -54,6 +54,7 @@ impl Follower {
         let state = Arc::new(State::new("node-a".into(), record, senders));
         let times = Times {
             watch: Duration::from_secs(240),
+            discovery: Duration::from_secs(2),
             start_jitter: Duration::from_millis(1),
         };
         let run = watch::run(

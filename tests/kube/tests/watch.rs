@@ -178,6 +178,57 @@ async fn a_right_that_is_missing_is_named_and_works_once_granted() {
 }
 
 #[tokio::test]
+async fn kinds_of_the_admin_tier_are_watched_while_they_are_defined() {
+    let server = Server::start().await.unwrap();
+    let admin = server.client(User::Admin).await.unwrap();
+    let follower = Follower::start(server.config(User::Admin).await.unwrap());
+    follower
+        .until("up", |f| f.works("cluster-networkpolicies"))
+        .await;
+    let source = "cluster-clusternetworkpolicies";
+    assert_eq!(follower.source(source), None, "not defined, not missed");
+    let definition = json!({
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": "clusternetworkpolicies.policy.networking.k8s.io",
+            "annotations": {"api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/network-policy-api/pull/300"},
+        },
+        "spec": {
+            "group": "policy.networking.k8s.io", "scope": "Cluster",
+            "names": {"kind": "ClusterNetworkPolicy", "plural": "clusternetworkpolicies"},
+            "versions": [{"name": "v1alpha2", "served": true, "storage": true, "schema": {
+                "openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
+            }}],
+        },
+    });
+    create(&admin, &definition).await.unwrap();
+    let policy = json!({
+        "apiVersion": "policy.networking.k8s.io/v1alpha2", "kind": "ClusterNetworkPolicy",
+        "metadata": {"name": "no-db"},
+        "spec": {"tier": "Admin", "priority": 10, "subject": {"namespaces": {}},
+            "ingress": [{"name": "closed", "action": "Deny", "from": [{"namespaces": {}}]}]},
+    });
+    let mut created = create(&admin, &policy).await;
+    for _ in 0..100 {
+        if created.is_ok() {
+            break;
+        }
+        // The definition counts a moment later.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        created = create(&admin, &policy).await;
+    }
+    created.unwrap();
+    let count = |f: &Follower| f.count("clusternetworkpolicies");
+    follower.until("it is known", |f| count(f) == 1).await;
+    follower.until("its watch works", |f| f.works(source)).await;
+    delete(&admin, &definition).await.unwrap();
+    follower.until("it is gone", |f| count(f) == 0).await;
+    follower
+        .until("nothing is missed", |f| f.works(source))
+        .await;
+}
+
+#[tokio::test]
 async fn a_token_that_is_rotated_is_read_again() {
     let server = Server::start().await.unwrap();
     let admin = server.client(User::Admin).await.unwrap();

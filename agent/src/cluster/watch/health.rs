@@ -113,12 +113,19 @@ pub fn source(kind: ObjectKind) -> (&'static str, &'static str) {
         ),
         ObjectKind::Namespace => ("cluster-namespaces", "namespaces are not counted"),
         ObjectKind::NetworkPolicy => ("cluster-networkpolicies", "policies are not known"),
-        ObjectKind::Endpoints
-        | ObjectKind::ReplicaSet
-        | ObjectKind::Job
-        | ObjectKind::ClusterNetworkPolicy
-        | ObjectKind::AdminNetworkPolicy
-        | ObjectKind::BaselineAdminNetworkPolicy => ("cluster-others", ""),
+        ObjectKind::ClusterNetworkPolicy => (
+            "cluster-clusternetworkpolicies",
+            "policies of the Admin and Baseline tiers are not known",
+        ),
+        ObjectKind::AdminNetworkPolicy => (
+            "cluster-adminnetworkpolicies",
+            "policies of the Admin tier are not known",
+        ),
+        ObjectKind::BaselineAdminNetworkPolicy => (
+            "cluster-baselineadminnetworkpolicies",
+            "the policy of the Baseline tier is not known",
+        ),
+        ObjectKind::Endpoints | ObjectKind::ReplicaSet | ObjectKind::Job => ("cluster-others", ""),
     }
 }
 

@@ -56,6 +56,11 @@ impl Watches {
             .extend(steps(kind, client, config).map(|steps| (kind, steps)));
     }
 
+    /// Watches a kind no longer.
+    pub fn close(&mut self, kind: ObjectKind) {
+        self.streams.retain(|(known, _)| *known != kind);
+    }
+
     /// The next step of any of them.
     pub async fn next(&mut self) -> (ObjectKind, Result<Step, watcher::Error>) {
         poll_fn(|context| {
@@ -82,6 +87,11 @@ fn steps(kind: ObjectKind, client: Client, config: watcher::Config) -> Option<St
         ObjectKind::Node => open::<Node>(client, config),
         ObjectKind::Namespace => open::<Namespace>(client, config),
         ObjectKind::NetworkPolicy => open::<NetworkPolicy>(client, config),
+        ObjectKind::ClusterNetworkPolicy => open::<ClusterNetworkPolicy>(client, config),
+        ObjectKind::AdminNetworkPolicy => open::<AdminNetworkPolicy>(client, config),
+        ObjectKind::BaselineAdminNetworkPolicy => {
+            open::<BaselineAdminNetworkPolicy>(client, config)
+        }
         _ => return None,
     })
 }
@@ -122,7 +132,17 @@ macro_rules! kinds {
     )*};
 }
 
-kinds!(Pod, Service, EndpointSlice, Node, Namespace, NetworkPolicy);
+kinds!(
+    Pod,
+    Service,
+    EndpointSlice,
+    Node,
+    Namespace,
+    NetworkPolicy,
+    ClusterNetworkPolicy,
+    AdminNetworkPolicy,
+    BaselineAdminNetworkPolicy
+);
 
 /// An object of a kind.
 #[derive(Clone, Debug)]
@@ -176,7 +196,7 @@ impl<K: Kind> Resource for Watched<K> {
     }
 
     fn version((): &()) -> Cow<'_, str> {
-        "v1".into()
+        K::KIND.version().into()
     }
 
     fn plural((): &()) -> Cow<'_, str> {
