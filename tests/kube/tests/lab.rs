@@ -195,8 +195,12 @@ async fn names_and_services(cluster: &mut Cluster) -> Result<()> {
     ];
     expect(&cluster.lab, &cluster.agent, &rows)?;
     let metrics = cluster.agent.metrics()?;
+    // The agent sees the drops of other labs as well.
     let syns = metrics.iter().find(|sample| {
-        sample.name == "whydrop_silent_drops_total" && sample.label("kind") == "syn"
+        sample.name == "whydrop_silent_drops_total"
+            && sample.label("kind") == "syn"
+            && sample.label("source_namespace") == cluster.lab.namespace()
+            && sample.label("source_pod") == "client"
     });
     let workload = syns.map(|sample| sample.label("source_workload"));
     ensure!(
