@@ -1,7 +1,7 @@
 //! Two nodes whose pods are network namespaces, their objects in a real API server, their Services by a
 //! real kube-proxy, and an agent that finds everything out by itself.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use kube::Client;
@@ -11,16 +11,28 @@ use whydrop::event::{EndpointKind, Line};
 use whydrop_kube_tests::objects::{api, create, create_all, delete};
 use whydrop_kube_tests::proxy::{Mode, Proxy};
 use whydrop_kube_tests::server::{Server, User};
-use whydrop_tests::agent::Agent;
+use whydrop_tests::agent::{Agent, POLL};
 use whydrop_tests::counters;
 use whydrop_tests::expect::{Row, expect};
 use whydrop_tests::lab::{Family, Host, Lab, Place};
 use whydrop_tests::scene::{TCP_PORT, UDP_PORT};
 use whydrop_tests::traffic::{self, Connect};
-use whydrop_tests::watching::wait_for;
 use whydrop_tests::{objects, on_both_families};
 
 on_both_families!(by_nftables, by_iptables);
+
+/// A watch that failed is tried again at most 30 s later.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Waits until something is so.
+fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) -> Result<()> {
+    let deadline = Instant::now() + DEADLINE;
+    while !is_so() {
+        ensure!(Instant::now() < deadline, "waited too long: {what}");
+        std::thread::sleep(POLL);
+    }
+    Ok(())
+}
 
 /// A lab whose router is a node with an API server.
 struct Cluster {
@@ -230,7 +242,7 @@ async fn names_and_services(cluster: &mut Cluster) -> Result<()> {
     new["status"]["startTime"] = jiff::Timestamp::now().to_string().into();
     create(&cluster.client, &new).await?;
     // Named as soon as the watch has told: each of these is one pod's or the other's, and none nobody's.
-    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + DEADLINE;
     let mut sent = 36;
     loop {
         cluster.datagrams(3)?;
@@ -253,10 +265,7 @@ async fn names_and_services(cluster: &mut Cluster) -> Result<()> {
         if of("server-new") > 0.0 {
             return Ok(());
         }
-        ensure!(
-            std::time::Instant::now() < deadline,
-            "server-new gets no drop"
-        );
+        ensure!(Instant::now() < deadline, "server-new gets no drop");
     }
 }
 
