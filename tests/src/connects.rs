@@ -173,6 +173,23 @@ impl Connects {
         }
     }
 
+    /// Closes them and keeps their ports, so that the kernel gives none of them to a later connect.
+    ///
+    /// # Errors
+    /// A port is taken at once by another.
+    pub fn close_and_hold(self) -> Result<Vec<TcpStream>> {
+        self.0
+            .into_iter()
+            .map(|Attempt { socket, from, .. }| {
+                drop(socket);
+                let holder = unconnected(from, SockFlag::empty())?;
+                bind(holder.as_raw_fd(), &SockaddrStorage::from(from))
+                    .with_context(|| format!("bind {from}"))?;
+                Ok(holder)
+            })
+            .collect()
+    }
+
     /// All of them, in the order in which they were opened.
     pub fn iter(&self) -> impl Iterator<Item = &Attempt> {
         self.0.iter()

@@ -418,7 +418,7 @@ fn dropped_behind_a_service(family: Family) -> Result<()> {
 #[test]
 fn given_up_just_after_the_timeout() -> Result<()> {
     let scene = Scene::with_arguments(Family::V4, &timeouts(TIMEOUT_ARGUMENT), rules)?;
-    let mut wanted = Vec::new();
+    let (mut wanted, mut held) = (Vec::new(), Vec::new());
     // In steps of less than the pause between two looks, so that one of them meets every phase of it.
     for late in (0..6).map(|step| Duration::from_millis(60 + 40 * step)) {
         let hanging = open(&scene, &[port::FORWARD], Options::default())?;
@@ -430,7 +430,9 @@ fn given_up_just_after_the_timeout() -> Result<()> {
         let since = hanging.iter().map(|attempt| attempt.since).max();
         let until = since.context("no connect")? + TIMEOUT + late;
         std::thread::sleep(until.saturating_duration_since(Instant::now()));
-        drop(hanging);
+        // An attempt is known by its tuple, and the kernel may give a port that is free to the next one.
+        let closed = scene.lab.within(Host::Client, || hanging.close_and_hold())?;
+        held.extend(closed);
         unanswered::wait(&scene.lab, scene.agent(), &wanted)?;
     }
     unanswered::expect(&scene.lab, scene.agent(), &wanted)?;
