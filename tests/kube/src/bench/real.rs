@@ -25,17 +25,17 @@ const POLICIES: usize = 500;
 /// Requests at one time while the cluster is filled.
 const AT_ONCE: usize = 32;
 /// Longer than a watch lasts, so that each is begun anew once.
-const CALM: Duration = Duration::from_secs(330);
+pub const CALM: Duration = Duration::from_secs(330);
 const CHURN: Duration = Duration::from_secs(30);
 const CHANGES_A_SECOND: u32 = 200;
 /// Nodes for which one agent's cost is worked out.
 const NODES: f64 = 5_000.0;
 
-/// Fills a real API server and watches an agent follow it.
+/// Fills a real API server and watches an agent follow it, also while nothing happens for a while.
 ///
 /// # Errors
 /// A server or the agent does not start.
-pub async fn measure(report: &mut Report) -> Result<()> {
+pub async fn measure(report: &mut Report, calm: Option<Duration>) -> Result<()> {
     let server = Server::start_audited("agent").await?;
     let admin = server.client(User::Admin).await?;
     create(&admin, &reader_binding()).await?;
@@ -93,32 +93,34 @@ pub async fn measure(report: &mut Report) -> Result<()> {
         Must::Shown,
     );
 
-    let (cpu, before) = (kernel::cpu_time(agent.pid())?, so_far()?);
-    tokio::time::sleep(CALM).await;
-    let (spent, after) = (kernel::cpu_time(agent.pid())? - cpu, so_far()?);
-    let hour = 3_600.0 / CALM.as_secs_f64();
     let percent = |spent: Duration, of: Duration| spent.as_secs_f64() / of.as_secs_f64() * 100.0;
-    report.figure("calm: CPU", percent(spent, CALM), "%", Must::Shown);
-    let requests = (after.0 - before.0) as f64 * hour;
-    report.figure(
-        "a calm hour: requests of one agent",
-        requests,
-        "",
-        Must::Shown,
-    );
-    let transferred = (after.1 - before.1) as f64 * hour / 1e6;
-    report.figure(
-        "a calm hour: bytes of one agent",
-        transferred,
-        "MB",
-        Must::Shown,
-    );
-    report.figure(
-        "calm: requests of 5,000 agents, worked out",
-        requests * NODES / 3_600.0,
-        "/s",
-        Must::Shown,
-    );
+    if let Some(calm) = calm {
+        let (cpu, before) = (kernel::cpu_time(agent.pid())?, so_far()?);
+        tokio::time::sleep(calm).await;
+        let (spent, after) = (kernel::cpu_time(agent.pid())? - cpu, so_far()?);
+        let hour = 3_600.0 / calm.as_secs_f64();
+        report.figure("calm: CPU", percent(spent, calm), "%", Must::Shown);
+        let requests = (after.0 - before.0) as f64 * hour;
+        report.figure(
+            "a calm hour: requests of one agent",
+            requests,
+            "",
+            Must::Shown,
+        );
+        let transferred = (after.1 - before.1) as f64 * hour / 1e6;
+        report.figure(
+            "a calm hour: bytes of one agent",
+            transferred,
+            "MB",
+            Must::Shown,
+        );
+        report.figure(
+            "calm: requests of 5,000 agents, worked out",
+            requests * NODES / 3_600.0,
+            "/s",
+            Must::Shown,
+        );
+    }
 
     let (cpu, before) = (kernel::cpu_time(agent.pid())?, so_far()?);
     let started = Instant::now();

@@ -1,5 +1,6 @@
 //! `cargo xtask bench cluster`: what an agent takes that follows a cluster, and what it costs the API
-//! server.
+//! server. Called by itself it takes the parts to measure: `lookup`, `large`, `real`, or `churn`, which is
+//! `real` without the calm minutes.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -29,17 +30,30 @@ fn main() -> ExitCode {
 }
 
 fn run(report: &mut Report) -> Result<()> {
-    lookup::measure(report);
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
-    runtime.block_on(large::measure(report)).context("large")?;
+    let parts: Vec<String> = std::env::args().skip(1).collect();
+    let is_asked = |part: &str| parts.is_empty() || parts.iter().any(|asked| asked == part);
+    if is_asked("lookup") {
+        lookup::measure(report);
+    }
+    if is_asked("large") {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
+        runtime.block_on(large::measure(report)).context("large")?;
+    }
+    let calm = match (is_asked("real"), is_asked("churn")) {
+        (true, _) => Some(real::CALM),
+        (false, true) => None,
+        (false, false) => return Ok(()),
+    };
     // Children end with the thread that started them, and here that is this one.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(real::measure(report)).context("real")
+    runtime
+        .block_on(real::measure(report, calm))
+        .context("real")
 }
 
 /// `target/bench`, beside the directory of this program.
