@@ -325,6 +325,62 @@ pub struct Explanation {
     pub findings: Vec<Finding>,
     /// One sentence for a person.
     pub summary: String,
+    /// The policy, or the labels, that changed last before the pair's first drop.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_change: Option<LastChange>,
+}
+
+/// What happened to an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum What {
+    /// It is new.
+    Created,
+    /// What it says is another.
+    Changed,
+    /// It is gone.
+    Deleted,
+    /// It has other labels.
+    Labels,
+}
+
+/// The change that came last before the first drop of a pair, of all that decide about its connections.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LastChange {
+    /// `NetworkPolicy`, `Namespace`, `Pod`, a workload's kind, or that of a tier's policy.
+    pub kind: String,
+    /// Its namespace; absent for what has none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// What happened to it.
+    pub what: What,
+    /// When that was seen.
+    pub time: Timestamp,
+    /// Seconds from then to the first drop of the pair.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seconds_before_first_drop: Option<f64>,
+}
+
+impl LastChange {
+    /// A part of a sentence: `NetworkPolicy db/default-deny was created`.
+    pub fn sentence(&self) -> String {
+        let what = match self.what {
+            What::Created => "was created",
+            What::Changed => "was changed",
+            What::Deleted => "was deleted",
+            What::Labels => "got other labels",
+        };
+        let slash = match self.namespace.is_empty() {
+            true => "",
+            false => "/",
+        };
+        format!(
+            "{} {}{slash}{} {what}",
+            self.kind, self.namespace, self.name
+        )
+    }
 }
 
 /// How sure an explanation is.

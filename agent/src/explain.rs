@@ -21,7 +21,10 @@ use crate::policy::near;
 use crate::policy::world::World;
 use crate::state::State;
 
+use self::episode::Episodes;
+
 pub mod denials;
+mod episode;
 
 /// Between two looks at the objects.
 const APART: Duration = Duration::from_secs(1);
@@ -88,6 +91,7 @@ pub struct Explainer {
     state: Arc<State>,
     seen: Option<Seen>,
     known: HashMap<Question, (Instant, Option<Arc<Explanation>>)>,
+    episodes: Episodes,
     /// Since when the budget is spent, and how much of it.
     spent: (Instant, Duration),
     /// Explanations that were worked out; not those that were remembered.
@@ -101,6 +105,7 @@ impl Explainer {
             state,
             seen: None,
             known: HashMap::new(),
+            episodes: Episodes::default(),
             spent: (Instant::now(), Duration::ZERO),
             computed: 0,
         }
@@ -114,6 +119,13 @@ impl Explainer {
     /// What policies say of an event; nothing where none of them can have a part in it.
     pub fn explain(&mut self, event: &Event, now: Instant) -> Option<Explanation> {
         let question = question(event)?;
+        let pair = (
+            question.source.clone(),
+            question.destination.clone(),
+            question.protocol,
+            question.port,
+        );
+        let first = self.episodes.note(pair, event);
         let world = self.world(now)?;
         if let Some((since, known)) = self.known.get(&question)
             && now.duration_since(*since) < KNOWN_FOR
@@ -137,7 +149,16 @@ impl Explainer {
                 namespace.pod.is_some() || addresses.any(|ip| ends.contains(&Some(*ip)))
             })
         };
-        let explanation = explain(&world, event, &self.state.node, is_inside_pod);
+        let mut explanation = explain(&world, event, &self.state.node, is_inside_pod);
+        if let (Some(explanation), Some(first)) = (&mut explanation, first)
+            && is_denial(explanation)
+        {
+            let change = episode::last_change(&self.state.index(), event, first);
+            if let Some(part) = change.as_ref().and_then(episode::sentence) {
+                explanation.summary += &part;
+            }
+            explanation.last_change = change;
+        }
         self.spent.1 += started.elapsed();
         self.computed += 1;
         if self.known.len() >= KNOWN {
@@ -312,6 +333,7 @@ fn explain(
             })
             .collect(),
         summary,
+        last_change: None,
     })
 }
 

@@ -1,12 +1,14 @@
 //! Who held something, and when: addresses and ports change hands, and a drop belongs to who held
 //! them when it happened.
 
+use std::collections::VecDeque;
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
 use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
+
+use super::FastMap;
 
 /// How long a claim that ended can still be asked for. A drop is told within seconds; an attempt
 /// without an answer at the latest when the kernel gives it up: 127 s for a SYN resent 6 times,
@@ -24,7 +26,7 @@ pub const TOMBSTONES_MAX: usize = 65_536;
 /// one's end was never seen, and the earlier one has it back when the later one lets go.
 #[derive(Debug)]
 pub struct Claims<K, T> {
-    by_key: HashMap<K, Slot<T>>,
+    by_key: FastMap<K, Slot<T>>,
     /// Ended claims in the order in which they ended.
     tombstones: VecDeque<Tombstone<K>>,
     tombstones_max: usize,
@@ -75,7 +77,7 @@ struct Tombstone<K> {
 impl<K, T> Default for Claims<K, T> {
     fn default() -> Self {
         Self {
-            by_key: HashMap::new(),
+            by_key: FastMap::default(),
             tombstones: VecDeque::new(),
             tombstones_max: TOMBSTONES_MAX,
             next_id: 0,

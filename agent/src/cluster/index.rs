@@ -12,14 +12,16 @@
 //! Failed. Of several holders at one time the one that started last is believed, see [`Claims`].
 //! What an object declares and says of itself (ports, labels, owners) is taken as it is now.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::claims::Claims;
-use super::objects::{Change, Key, Node, Object, ObjectKind, Pod, Port, Service, selects};
+use super::FastMap;
+use super::changes::Changes;
+use super::claims::{Claims, TOMBSTONE_TTL};
+use super::objects::{Change, Key, Labels, Node, Object, ObjectKind, Pod, Port, Service, selects};
 use super::ranges::Ranges;
 use super::uid::{ByUid, PodUid};
 use crate::event::{Endpoint, EndpointKind, Protocol, ServiceRef, Workload};
@@ -28,7 +30,7 @@ use crate::event::{Endpoint, EndpointKind, Protocol, ServiceRef, Workload};
 /// microsecond and allocate nothing.
 #[derive(Debug, Default)]
 pub struct Index {
-    objects: HashMap<Key, Object>,
+    objects: FastMap<Key, Object>,
     counts: [usize; ObjectKind::COUNT],
     /// NetworkPolicies by namespace.
     policies: BTreeMap<Arc<str>, usize>,
@@ -43,11 +45,12 @@ pub struct Index {
     host_ports: Claims<(Arc<str>, Port), Pod>,
     /// Services with a selector by target port and namespace. The port comes first because most
     /// that are asked for are a client's, and nobody's target.
-    targets: HashMap<Port, HashMap<Arc<str>, Vec<Arc<Service>>>>,
+    targets: FastMap<Port, FastMap<Arc<str>, Vec<Arc<Service>>>>,
     /// Addresses in endpoints by port, and how many objects list them.
-    endpoints: HashMap<Port, HashMap<IpAddr, u32>>,
+    endpoints: FastMap<Port, FastMap<IpAddr, u32>>,
     pod_ranges: Ranges,
     revision: u64,
+    changes: Changes,
 }
 
 /// Who has an address.
@@ -114,6 +117,8 @@ impl Index {
         if old.as_ref() != Some(&object) {
             self.revision += 1;
         }
+        self.changes
+            .upsert(old.as_ref(), &object, seen.at, seen.first);
         match (&old, &object) {
             (Some(Object::Pod(old)), Object::Pod(new)) => self.pod(Some(old), Some(new), seen),
             (_, Object::Pod(new)) => self.pod(None, Some(new), seen),
@@ -148,6 +153,7 @@ impl Index {
         };
         self.count(key, -1);
         self.revision += 1;
+        self.changes.delete(&old, at);
         let seen = Seen { at, first: false };
         match &old {
             Object::Pod(old) => self.pod(Some(old), None, seen),
@@ -343,14 +349,18 @@ impl Index {
 
     /// What runs a pod: its owner's owner where that is known, else what the pod itself tells.
     fn workload<'a>(&'a self, pod: &'a Pod) -> Option<&'a Workload> {
+        let known = |kind| self.counts[kind as usize] > 0;
+        // Only files have them.
+        if !known(ObjectKind::ReplicaSet) && !known(ObjectKind::Job) {
+            return pod.workload.as_ref();
+        }
         let owner = pod.controller.as_ref()?;
         let kind = match &*owner.kind {
             "ReplicaSet" => ObjectKind::ReplicaSet,
             "Job" => ObjectKind::Job,
             _ => return pod.workload.as_ref(),
         };
-        // Only files have them.
-        if self.counts[kind as usize] == 0 {
+        if !known(kind) {
             return pod.workload.as_ref();
         }
         let key = Key {
@@ -416,11 +426,7 @@ impl Index {
 
     /// Whether a pod is there, ended or not.
     pub fn pod_exists(&self, namespace: &Arc<str>, name: &Arc<str>) -> bool {
-        self.objects.contains_key(&Key {
-            kind: ObjectKind::Pod,
-            namespace: namespace.clone(),
-            name: name.clone(),
-        })
+        self.pod_named(namespace, name).is_some()
     }
 
     /// Whether anything may deny a connection.
@@ -460,8 +466,41 @@ impl Index {
         &self.policies
     }
 
+    /// What changed last.
+    pub fn changes(&self) -> &Changes {
+        &self.changes
+    }
+
+    /// The labels of a namespace.
+    pub fn namespace_labels(&self, name: &Arc<str>) -> Labels {
+        let key = Key {
+            kind: ObjectKind::Namespace,
+            namespace: "".into(),
+            name: name.clone(),
+        };
+        match self.objects.get(&key) {
+            Some(Object::Namespace(namespace)) => namespace.labels.clone(),
+            _ => Labels::default(),
+        }
+    }
+
+    /// A pod by its name.
+    pub fn pod_named(&self, namespace: &Arc<str>, name: &Arc<str>) -> Option<&Arc<Pod>> {
+        let key = Key {
+            kind: ObjectKind::Pod,
+            namespace: namespace.clone(),
+            name: name.clone(),
+        };
+        match self.objects.get(&key) {
+            Some(Object::Pod(pod)) => Some(pod),
+            _ => None,
+        }
+    }
+
     /// Forgets what ended long ago; to be called now and then. Returns how many claims went.
     pub fn purge(&mut self, now: Timestamp) -> usize {
+        self.changes
+            .purge(now.checked_sub(TOMBSTONE_TTL).unwrap_or(Timestamp::MIN));
         self.pods.purge(now)
             + self.pods_by_uid.purge(now)
             + self.nodes.purge(now)

@@ -1,3 +1,5 @@
+use std::collections::HashMap;
+
 use jiff::SignedDuration;
 use proptest::prelude::*;
 

@@ -23,6 +23,7 @@ mod network;
 mod pod;
 mod policy;
 mod tier;
+pub mod used;
 
 /// An object that cannot be used, as far as it can be named.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,7 +113,11 @@ pub fn parse(value: &Value, list: Option<(&str, &str)>) -> Result<Option<Parsed>
 }
 
 fn read<T: DeserializeOwned>(value: &Value) -> Result<T, String> {
-    // The path names the field: `spec.containers[0].ports[0].containerPort: invalid type: ...`.
+    if let Ok(read) = T::deserialize(value) {
+        return Ok(read);
+    }
+    // Once more with the path, which names the field and costs as much as the reading:
+    // `spec.containers[0].ports[0].containerPort: invalid type: ...`.
     serde_path_to_error::deserialize(value).map_err(|e| e.to_string())
 }
 
@@ -196,6 +201,15 @@ struct Metadata {
     labels: Option<BTreeMap<String, String>>,
     annotations: Option<Annotations>,
     owner_references: Option<Vec<OwnerReference>>,
+    managed_fields: Option<Vec<ManagedFields>>,
+}
+
+/// Who wrote some of the fields, and when.
+#[derive(Debug, Deserialize)]
+struct ManagedFields {
+    time: Option<Timestamp>,
+    /// As `status`, which is no part of what somebody wants.
+    subresource: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -212,6 +226,13 @@ struct OwnerReference {
 }
 
 impl Metadata {
+    /// When somebody last wrote anything but a subresource.
+    fn written(&self) -> Option<Timestamp> {
+        let writes = self.managed_fields.iter().flatten();
+        let own = writes.filter(|w| w.subresource.as_deref().is_none_or(str::is_empty));
+        own.filter_map(|w| w.time).max()
+    }
+
     /// The UID of the static pod that a mirror pod stands for. Whoever may make a pod may write
     /// this annotation: what is no hash of the kubelet's is not taken, so that nobody takes the
     /// UID of a pod of the API.

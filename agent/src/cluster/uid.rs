@@ -1,6 +1,6 @@
 //! Pod UIDs: how objects and cgroups write them, and pods by them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::hash::{DefaultHasher, Hasher as _};
 use std::num::NonZeroU64;
@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
+use super::FastMap;
 use super::claims::{TOMBSTONE_TTL, TOMBSTONES_MAX};
 use super::objects::Pod;
 
@@ -104,7 +105,7 @@ impl UidHash {
 /// Pods by UID, and for a while those that are gone. A UID is given once, so no time is asked for.
 #[derive(Debug, Default)]
 pub(super) struct ByUid {
-    pods: HashMap<UidHash, Arc<Pod>>,
+    pods: FastMap<UidHash, Arc<Pod>>,
     /// In the order in which they went.
     tombstones: VecDeque<(Timestamp, Arc<Pod>)>,
     evicted: u64,

@@ -211,3 +211,55 @@ spec:
     assert_eq!(explained.findings[0].code, "admin-tier-denied");
     assert!(explained.summary.contains("no-db"), "{}", explained.summary);
 }
+
+/// The policies change while drops happen.
+fn apply(state: &State, yaml: &str, at: &str) {
+    for object in objects(yaml) {
+        let change = crate::cluster::Change::Upsert(object);
+        state.index_mut().apply(change, at.parse().unwrap());
+    }
+}
+
+#[test]
+fn what_changed_last_before_the_first_drop_is_told() {
+    let state = state("node-b", "");
+    apply(
+        &state,
+        &policy("default-deny", DENY),
+        "2026-06-01T00:00:00Z",
+    );
+    let mut explainer = Explainer::new(state.clone());
+    let mut event = syn(&state, Some("NETFILTER_DROP"));
+    event.time = "2026-06-01T00:00:04Z".parse().unwrap();
+    let first = explainer.explain(&event, Instant::now()).unwrap();
+    let change = first.last_change.unwrap();
+    assert_eq!(
+        (&*change.kind, &*change.namespace, &*change.name),
+        ("NetworkPolicy", "db", "default-deny")
+    );
+    assert_eq!(change.seconds_before_first_drop, Some(4.0));
+    let told = "; NetworkPolicy db/default-deny was created 4 s before the first drop";
+    assert!(first.summary.ends_with(told), "{}", first.summary);
+
+    // Later drops are of the same episode, whatever changes meanwhile.
+    apply(
+        &state,
+        &policy("other", "  policyTypes: [Ingress, Egress]"),
+        "2026-06-01T00:02:00Z",
+    );
+    event.time = "2026-06-01T00:05:00Z".parse().unwrap();
+    let later = explainer
+        .explain(&event, Instant::now() + Duration::from_secs(60))
+        .unwrap();
+    assert_eq!(later.last_change.unwrap().name, "default-deny");
+
+    // After a pause of more than ten minutes another one begins.
+    event.time = "2026-06-01T00:15:01Z".parse().unwrap();
+    let again = explainer
+        .explain(&event, Instant::now() + Duration::from_secs(120))
+        .unwrap();
+    let change = again.last_change.unwrap();
+    assert_eq!(change.name, "other");
+    assert_eq!(change.seconds_before_first_drop, Some(781.0));
+    assert!(again.summary.ends_with("13 min before the first drop"));
+}

@@ -57,6 +57,8 @@ pub struct NetworkPolicy {
     pub labels: Labels,
     /// When it was made.
     pub created: Option<Timestamp>,
+    /// When it was last written, by its `managedFields`; absent where they say nothing.
+    pub written: Option<Timestamp>,
     /// Which pods of its namespace it selects.
     pub pod_selector: Selector,
     /// Ingress.
@@ -77,6 +79,13 @@ pub struct Side {
 }
 
 impl NetworkPolicy {
+    /// Whether two states of a policy decide alike: labels and annotations do not count.
+    pub fn decides_as(&self, other: &Self) -> bool {
+        self.pod_selector == other.pod_selector
+            && self.ingress == other.ingress
+            && self.egress == other.egress
+    }
+
     /// One direction.
     pub const fn side(&self, direction: Direction) -> &Side {
         match direction {

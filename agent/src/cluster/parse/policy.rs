@@ -140,6 +140,7 @@ impl Policy {
             namespace: key.namespace.clone(),
             name: key.name.clone(),
             created: self.metadata.creation_timestamp,
+            written: self.metadata.written(),
             labels: shared(self.metadata.labels, strings),
             pod_selector: self.pod_selector,
             ingress: self.ingress,

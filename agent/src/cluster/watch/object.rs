@@ -18,7 +18,7 @@ use serde::de::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use crate::cluster::objects::ObjectKind;
-use crate::cluster::parse::{Malformed, Parsed, parse};
+use crate::cluster::parse::{Malformed, Parsed, parse, used};
 
 /// What was read of an object. `None` is of a kind that is not used.
 pub type Item = Result<Option<Parsed>, Malformed>;
@@ -163,7 +163,7 @@ impl<K> Watched<K> {
 impl<'de, K: Kind> Deserialize<'de> for Watched<K> {
     /// Never fails on a JSON object: one that is malformed must not end the watch of all others.
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let value = Value::deserialize(d)?;
+        let value = used::read(K::KIND, d)?;
         let list = format!("{}List", K::KIND.as_str());
         let item = parse(&value, Some((&K::KIND.api_version(), &list)));
         let field = |name: &str| {

@@ -179,6 +179,7 @@ fn override_it(world: &World, flow: &Flow, direction: Direction) -> Option<Candi
         pod_selector: fix::identity(world, pod),
         ingress: Side::default(),
         egress: Side::default(),
+        written: None,
         types_omitted: false,
     };
     *policy.side_mut(direction) = side;
