@@ -14,6 +14,7 @@
 //! | [`policy`] | objects and a flow | which NetworkPolicy denies it, and what is missing |
 //! | [`record`] | events | counters of pairs |
 //! | [`senders`] | counts of attempts | counters of workloads |
+//! | [`kube_events`] | events | Kubernetes Events on the pods that suffer |
 //! | [`output`] | counters and events | `/metrics`, the local API, the stream |
 //! | [`pipeline`] | all of the above | one function that reads as this table |
 //!
@@ -27,6 +28,7 @@ pub mod enrich;
 pub mod event;
 pub mod explain;
 pub mod held;
+pub mod kube_events;
 pub mod output;
 pub mod pipeline;
 pub mod policy;

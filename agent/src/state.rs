@@ -11,6 +11,7 @@ use crate::cluster::watch::lookups;
 use crate::cluster::{Index, ObjectKind};
 use crate::event::Outcome;
 use crate::explain::denials::Denials;
+use crate::kube_events;
 use crate::output::stream::Stream;
 use crate::record::listen::ListenDrops;
 use crate::record::{Pair, Record};
@@ -59,6 +60,8 @@ pub struct State {
     pub denials: Denials,
     /// What came of asking for pods by their address.
     pub lookups: lookups::Totals,
+    /// What came of telling drops as Kubernetes Events.
+    pub kube_events: kube_events::Totals,
 }
 
 /// What the pipeline last saw of the kernel side.
@@ -182,6 +185,7 @@ impl State {
             awaited: Awaited::default(),
             denials: Denials::default(),
             lookups: lookups::Totals::default(),
+            kube_events: kube_events::Totals::default(),
         }
     }
 

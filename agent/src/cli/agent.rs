@@ -91,6 +91,10 @@ async fn serve(args: AgentArgs) -> Result<()> {
         args.cluster != Cluster::Kube || args.objects.is_empty(),
         "--objects stands for a cluster: give it with --cluster none or auto, or not with --cluster kube"
     );
+    anyhow::ensure!(
+        args.cluster != Cluster::None || args.kube_events == OnOff::Off,
+        "--kube-events on needs a cluster: give it without --cluster none"
+    );
     let (stop, stopped) = watch::channel(false);
 
     // What another agent may hold comes first, so that a second one is refused whole.
@@ -145,7 +149,7 @@ async fn serve(args: AgentArgs) -> Result<()> {
     // Last: what is observed meanwhile waits for no API server.
     sources::watch_cluster(
         &state,
-        (args.cluster, args.watch),
+        (args.cluster, args.watch, args.kube_events),
         !args.objects.is_empty(),
         &stopped,
     )?;

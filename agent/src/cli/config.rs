@@ -190,6 +190,16 @@ pub struct AgentArgs {
     )]
     pub conntrack: AutoOff,
 
+    /// Whether silent drops are written on their pods as Kubernetes Events
+    #[arg(
+        long,
+        value_name = "on|off",
+        default_value = "off",
+        env = "WHYDROP_KUBE_EVENTS",
+        help_heading = "Names"
+    )]
+    pub kube_events: OnOff,
+
     /// How programs are attached: `raw_tp` avoids the trampolines of `tp_btf`, at a higher cost
     #[arg(
         long,

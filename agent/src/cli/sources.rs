@@ -11,12 +11,13 @@ use jiff::Timestamp;
 use tokio::sync::{mpsc, watch};
 use whydrop_ebpf::attempt::Died;
 
-use crate::cli::config::Cluster;
+use crate::cli::config::{Cluster, OnOff};
 use crate::cluster::watch::{self as kube_watch, Reach};
 use crate::decode::Flow;
 use crate::decode::attempt::Attempt;
 use crate::enrich;
 use crate::event::EndpointKind;
+use crate::kube_events;
 use crate::pipeline::{Conntrack, RealDestination};
 use crate::record::listen::Lost;
 use crate::source::accept_queues::{Counts, Settled};
@@ -70,9 +71,11 @@ pub fn watch_accept_queues(state: Arc<State>) -> Result<std::sync::mpsc::Sender<
 
 /// Follows the cluster on a thread of its own, so that neither a long list nor TLS holds up the
 /// pipeline. It ends when the agent stops.
+///
+/// With `kube_events` it also writes silent drops on their pods.
 pub fn watch_cluster(
     state: &Arc<State>,
-    (cluster, reach): (Cluster, Reach),
+    (cluster, reach, kube_events): (Cluster, Reach, OnOff),
     has_objects: bool,
     stopped: &watch::Receiver<bool>,
 ) -> Result<()> {
@@ -88,15 +91,24 @@ pub fn watch_cluster(
         .enable_all()
         .build()
         .context("cannot start the cluster's runtime")?;
-    let (state, mut stopped) = (state.clone(), stopped.clone());
+    let (state, stopped) = (state.clone(), stopped.clone());
     let follow = async move {
         if cluster == Cluster::Auto && !kube_watch::is_configured().await {
             tracing::info!("no kubeconfig and no ServiceAccount: without a cluster");
             return;
         }
-        let stopped = async { drop(stopped.wait_for(|stop| *stop).await) };
+        let stopped = || {
+            let mut stopped = stopped.clone();
+            async move { drop(stopped.wait_for(|stop| *stop).await) }
+        };
+        let tell = async {
+            if kube_events == OnOff::On {
+                kube_events::run(state.clone(), kube_watch::infer, stopped()).await;
+            }
+        };
         let times = kube_watch::Times::default();
-        kube_watch::run(state, times, reach, kube_watch::infer, stopped).await;
+        let follow = kube_watch::run(state.clone(), times, reach, kube_watch::infer, stopped());
+        tokio::join!(follow, tell);
     };
     std::thread::Builder::new()
         .name("cluster".to_owned())

@@ -21,7 +21,9 @@ use jiff::Timestamp;
 use super::FastMap;
 use super::changes::Changes;
 use super::claims::{Claims, TOMBSTONE_TTL};
-use super::objects::{Change, Key, Labels, Node, Object, ObjectKind, Pod, Port, Service, selects};
+use super::objects::{
+    Change, Enforcer, Key, Labels, Node, Object, ObjectKind, Pod, Port, Service, selects,
+};
 use super::ranges::Ranges;
 use super::uid::{ByUid, PodUid};
 use crate::event::{Endpoint, EndpointKind, Protocol, ServiceRef, Workload};
@@ -36,6 +38,8 @@ pub struct Index {
     policies: BTreeMap<Arc<str>, usize>,
     pods: Claims<IpAddr, Pod>,
     pods_by_uid: ByUid,
+    /// Pods that enforce policies on their node.
+    enforcers: BTreeMap<Key, Arc<Pod>>,
     nodes: Claims<IpAddr, Node>,
     /// Every address of a Service's own.
     services: Claims<IpAddr, Service>,
@@ -181,6 +185,12 @@ impl Index {
 
     fn pod(&mut self, old: Option<&Arc<Pod>>, new: Option<&Arc<Pod>>, seen: Seen) {
         let same = old.zip(new).is_some_and(|(old, new)| same_pod(old, new));
+        for old in old.into_iter().filter(|old| old.enforcer.is_some()) {
+            self.enforcers.remove(&old.key);
+        }
+        for new in new.into_iter().filter(|new| new.enforcer.is_some()) {
+            self.enforcers.insert(new.key.clone(), new.clone());
+        }
         self.pods_by_uid.change(old, new, same, seen.at);
         let from = new.map_or(seen.at, |pod| seen.since(pod.started));
         let times = Times { same, from, seen };
@@ -464,6 +474,13 @@ impl Index {
     /// How many NetworkPolicies each namespace has; namespaces without any are left out.
     pub fn network_policies(&self) -> &BTreeMap<Arc<str>, usize> {
         &self.policies
+    }
+
+    /// The pods that enforce policies on a node.
+    pub fn enforcers(&self, node: &str) -> impl Iterator<Item = (&Arc<Pod>, &Enforcer)> {
+        let all = self.enforcers.values().filter(|pod| !pod.ended);
+        let here = all.filter(move |pod| pod.node.as_deref() == Some(node));
+        here.filter_map(|pod| Some((pod, pod.enforcer.as_deref()?)))
     }
 
     /// What changed last.

@@ -26,6 +26,7 @@ fn pod(name: &str, ips: &[&str], started: Option<Timestamp>) -> Pod {
         port_names: Arc::default(),
         controller: None,
         workload: None,
+        enforcer: None,
     }
 }
 

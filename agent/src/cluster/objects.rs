@@ -201,6 +201,19 @@ pub struct Pod {
     pub port_names: PortNames,
     /// Its controlling owner as the reference says it: often a ReplicaSet or a Job.
     pub controller: Option<Workload>,
+    /// What its status says, if it is one of those who enforce policies on their node.
+    pub enforcer: Option<Box<Enforcer>>,
+}
+
+/// How the pod does that enforces policies on its node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Enforcer {
+    /// What is called so: the CNI.
+    pub cni: &'static str,
+    /// All its containers are.
+    pub is_ready: bool,
+    /// Restarts of all its containers.
+    pub restarts: u64,
 }
 
 impl Pod {

@@ -3,7 +3,7 @@
 //!
 //! One task on a thread of its own takes one step after another from all watches and puts it into the
 //! index, so no queue lies between: while the index is being written, the connections wait. Objects
-//! are stripped while they are read (`object.rs`).
+//! are stripped while they are read (`object.rs`). Changes are taken in bunches, 50 ms apart.
 //!
 //! | when | then |
 //! |---|---|
@@ -43,6 +43,7 @@ use crate::source::sys;
 use crate::state::State;
 
 mod health;
+pub(crate) use self::health::causes;
 pub mod lookups;
 mod object;
 mod pace;
@@ -84,6 +85,9 @@ const UNREACHABLE: Duration = Duration::from_secs(60);
 const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Between two looks at which of the optional kinds the server has.
 const DISCOVERY: Duration = Duration::from_secs(300);
+/// Between two bunches of changes. One by one they cost three times as much: each wakes a thread whose memory
+/// is in no cache any more.
+const BUNCH: Duration = Duration::from_millis(50);
 /// Between two rounds of forgetting strings that nobody uses.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
 
@@ -363,29 +367,12 @@ impl Cluster {
         let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
         let mut second = tokio::time::interval(Duration::from_secs(1));
         let mut discovery = std::pin::pin!(discover(server.client.clone(), self.times.discovery));
+        let mut rest = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
+        let (mut is_resting, mut took) = (false, false);
         loop {
             tokio::select! {
-                (kind, step) = watches.next() => {
-                    let failure = match step {
-                        Ok(step) => {
-                            self.step(kind, step);
-                            continue;
-                        }
-                        Err(error) => Failure::of(kind, &error),
-                    };
-                    if failure.refuses_streams && !self.kind(kind).in_pages {
-                        self.kind(kind).in_pages = true;
-                        self.open(kind, &server, &mut watches);
-                        continue;
-                    }
-                    if failure.is_too_old {
-                        self.open(kind, &server, &mut watches);
-                    }
-                    self.failed(kind, &failure);
-                    if failure.is_unauthorized {
-                        return format!("{} does not accept the credentials", server.url);
-                    }
-                }
+                // A list of minutes must not hold up the others.
+                biased;
                 kinds = server.pace.answered() => {
                     for kind in kinds {
                         self.answered(kind);
@@ -408,6 +395,39 @@ impl Cluster {
                     self.offered(&mut server, offered, &mut watches);
                 }
                 _ = housekeeping.tick() => self.strings.purge(),
+                () = &mut rest, if is_resting => {
+                    is_resting = false;
+                    continue;
+                }
+                (kind, step) = watches.next(), if !is_resting => {
+                    let failure = match step {
+                        Ok(step) => {
+                            took = true;
+                            self.step(kind, step);
+                            continue;
+                        }
+                        Err(error) => Failure::of(kind, &error),
+                    };
+                    if failure.refuses_streams && !self.kind(kind).in_pages {
+                        self.kind(kind).in_pages = true;
+                        self.open(kind, &server, &mut watches);
+                        continue;
+                    }
+                    if failure.is_too_old {
+                        self.open(kind, &server, &mut watches);
+                    }
+                    self.failed(kind, &failure);
+                    if failure.is_unauthorized {
+                        return format!("{} does not accept the credentials", server.url);
+                    }
+                }
+                // All that was there is taken. Lists are not held up.
+                () = std::future::ready(()), if took => {
+                    took = false;
+                    is_resting = self.kinds.values().all(|kind| kind.listing.is_none());
+                    rest.as_mut().reset(tokio::time::Instant::now() + BUNCH);
+                    continue;
+                }
             }
             let is_reached = self.kinds.values().any(|kind| kind.health.is_reached());
             let lost = self

@@ -22,6 +22,8 @@ use crate::source::conntrack;
 use crate::state::{State, Status};
 use crate::sync::lock;
 
+mod policies;
+
 /// The text of a scrape; empty if it cannot be encoded, which is logged.
 pub fn encode(state: &Arc<State>) -> String {
     let mut registry = Registry::default();
@@ -103,6 +105,7 @@ impl Collector for Metrics {
         attempts(&mut encoder, &senders)?;
         conntrack_table(&mut encoder)?;
         losses(&mut encoder, state)?;
+        policies::encode(&mut encoder, state)?;
         sources(&mut encoder, &lock(&state.status))?;
         gauges(
             &mut encoder,
@@ -415,34 +418,6 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
     counters(
         encoder,
         (
-            "whydrop_policy_denials",
-            "Packets whose drop NetworkPolicies explain, once for each isolating policy",
-        ),
-        state.denials.all().into_iter().map(|(denial, packets)| {
-            let [source, destination] = denial.namespaces;
-            let labels = vec![
-                ("source_namespace", source.to_string().into()),
-                ("destination_namespace", destination.to_string().into()),
-                ("direction", denial.direction.into()),
-                ("policy_namespace", denial.policy.0.into()),
-                ("policy", denial.policy.1.into()),
-                ("finding", denial.finding.into()),
-                ("confidence", denial.confidence.into()),
-            ];
-            (labels, packets)
-        }),
-    )?;
-    counters(
-        encoder,
-        (
-            "whydrop_policy_unexplained",
-            "Packets that were not laid against NetworkPolicies, because too many flows had to be",
-        ),
-        [(Labels::new(), state.denials.unexplained_total())],
-    )?;
-    counters(
-        encoder,
-        (
             "whydrop_lookups",
             "Pods of other nodes that were asked for by their address, by result",
         ),
@@ -460,6 +435,17 @@ fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
         state
             .awaited
             .totals
+            .counts()
+            .map(|(result, n)| (one("result", result), n)),
+    )?;
+    counters(
+        encoder,
+        (
+            "whydrop_kube_events",
+            "Kubernetes Events about silent drops, by result; limited: lines of the stream of which none tells",
+        ),
+        state
+            .kube_events
             .counts()
             .map(|(result, n)| (one("result", result), n)),
     )?;

@@ -2,6 +2,7 @@
 
 use super::selector::value;
 use super::world::World;
+use crate::cluster::objects::Labels;
 
 /// Labels of the pods of those who enforce, and what they are called.
 const ENFORCERS: [(&str, &str); 14] = [
@@ -20,6 +21,18 @@ const ENFORCERS: [(&str, &str); 14] = [
     ("kube-network-policies", "kube-network-policies"),
     ("romana-agent", "Romana"),
 ];
+
+/// The labels that tell what a pod is.
+const NAMES: [&str; 4] = ["k8s-app", "app", "name", "app.kubernetes.io/name"];
+
+/// The CNI whose enforcer a pod with these labels is.
+pub fn of_labels(labels: &Labels) -> Option<&'static str> {
+    NAMES.iter().find_map(|key| {
+        let app = value(labels, key)?;
+        let found = ENFORCERS.iter().find(|(label, _)| **label == **app)?;
+        Some(found.1)
+    })
+}
 
 /// What a node's agents say about who enforces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,13 +55,10 @@ pub fn enforcer(world: &World, node: &str) -> Enforcer {
         if !here || !pod.host_network || pod.ended {
             continue;
         }
-        for key in ["k8s-app", "app", "name", "app.kubernetes.io/name"] {
-            let Some(app) = value(&pod.labels, key) else {
-                continue;
-            };
-            if let Some((_, name)) = ENFORCERS.iter().find(|(label, _)| **label == **app) {
-                return Enforcer::Found(name);
-            }
+        if let Some(name) = of_labels(&pod.labels) {
+            return Enforcer::Found(name);
+        }
+        for app in NAMES.iter().filter_map(|key| value(&pod.labels, key)) {
             proxy |= &**app == "kube-proxy";
             flannel |= &**app == "flannel";
         }

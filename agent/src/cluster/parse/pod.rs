@@ -6,9 +6,10 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::{Address, Manifest, Metadata, addresses, both, canonical, shared};
-use crate::cluster::objects::{Interner, Key, Pod, Port};
+use crate::cluster::objects::{Enforcer, Interner, Key, Pod, Port};
 use crate::cluster::uid::UidHash;
 use crate::event::{Protocol, Workload};
+use crate::policy::cni;
 
 pub(super) type RawPod = Manifest<PodSpec, PodStatus>;
 
@@ -43,6 +44,25 @@ pub(super) struct PodStatus {
     pod_ip: Option<IpAddr>,
     #[serde(rename = "podIPs")]
     pod_ips: Option<Vec<Address>>,
+    container_statuses: Option<Vec<ContainerStatus>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ContainerStatus {
+    ready: Option<bool>,
+    restart_count: Option<u64>,
+}
+
+impl ContainerStatus {
+    /// How all containers of an enforcer do.
+    fn of_enforcer(cni: &'static str, all: &[Self]) -> Box<Enforcer> {
+        Box::new(Enforcer {
+            cni,
+            is_ready: !all.is_empty() && all.iter().all(|c| c.ready == Some(true)),
+            restarts: all.iter().filter_map(|c| c.restart_count).sum(),
+        })
+    }
 }
 
 impl RawPod {
@@ -75,7 +95,14 @@ impl RawPod {
         ports.sort_unstable();
         ports.dedup();
         let (mut ended, mut started, mut ips) = (false, None, Vec::new());
+        let static_uid = self.metadata.static_uid();
+        let labels = shared(self.metadata.labels, strings);
+        let host_network = spec.host_network.unwrap_or(false);
+        let cni = cni::of_labels(&labels).filter(|_| host_network);
+        let mut enforcer = cni.map(|cni| ContainerStatus::of_enforcer(cni, &[]));
         if let Some(status) = self.status {
+            let containers = status.container_statuses.unwrap_or_default();
+            enforcer = cni.map(|cni| ContainerStatus::of_enforcer(cni, &containers));
             ended = matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"));
             started = status.start_time;
             let plural = status.pod_ips;
@@ -85,17 +112,18 @@ impl RawPod {
         Pod {
             key,
             uid: self.metadata.uid.as_deref().map(UidHash::of),
-            static_uid: self.metadata.static_uid(),
+            static_uid,
             node: spec.node_name.map(|name| strings.get(&name)),
             ips: canonical(ips),
-            host_network: spec.host_network.unwrap_or(false),
+            host_network,
             ended,
             started,
-            labels: shared(self.metadata.labels, strings),
+            labels,
             ports: strings.ports(ports),
             port_names: strings.port_names(port_names),
             controller,
             workload,
+            enforcer,
         }
     }
 }

@@ -65,6 +65,10 @@ const POD: Used = Fields(&[
             ("startTime", All),
             ("podIP", All),
             ("podIPs", All),
+            (
+                "containerStatuses",
+                Fields(&[("ready", All), ("restartCount", All)]),
+            ),
         ]),
     ),
 ]);
@@ -200,6 +204,13 @@ mod tests {
         };
         let ports = json!([{"name": "http", "containerPort": 8080, "protocol": "UDP"}]);
         let selector = json!({"matchLabels": {"a": "b"}});
+        let mut enforcer = of(
+            "v1",
+            "Pod",
+            json!({"spec": {"hostNetwork": true}, "status": {"containerStatuses":
+                [{"name": "c", "ready": true, "restartCount": 3, "image": "x"}]}}),
+        );
+        enforcer["metadata"]["labels"] = json!({"k8s-app": "calico-node"});
         let objects = [
             of(
                 "v1",
@@ -213,6 +224,7 @@ mod tests {
                         "conditions": [{"type": "Ready"}]},
                 }),
             ),
+            enforcer,
             of(
                 "v1",
                 "Node",
