@@ -27,6 +27,8 @@ use crate::selection::Selection;
 use crate::source::hooks::SourceStatus;
 use crate::state::State;
 
+pub use self::series::Times;
+
 mod series;
 
 /// The source's name.
@@ -68,6 +70,7 @@ impl Totals {
 /// Tells drops until `shutdown`. `configuration` is asked again where the credentials are refused.
 pub async fn run<F>(
     state: Arc<State>,
+    times: Times,
     configuration: impl Fn() -> F,
     shutdown: impl Future<Output = ()>,
 ) where
@@ -80,7 +83,7 @@ pub async fn run<F>(
                 Err(why) => Err(why),
             };
             let why = match client {
-                Ok(client) => report(&state, &client).await,
+                Ok(client) => report(&state, times, &client).await,
                 Err(why) => why,
             };
             say(&state, Some(why));
@@ -94,7 +97,7 @@ pub async fn run<F>(
 }
 
 /// Until a client with other credentials is needed, and why.
-async fn report(state: &State, client: &Client) -> String {
+async fn report(state: &State, times: Times, client: &Client) -> String {
     let range = Range {
         follow: true,
         last: None,
@@ -104,7 +107,7 @@ async fn report(state: &State, client: &Client) -> String {
         Ok(reader) => reader,
         Err(error) => return error.to_string(),
     };
-    let mut series = AllSeries::new(state.node.clone(), Instant::now());
+    let mut series = AllSeries::new(state.node.clone(), times, Instant::now());
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let totals = &state.kube_events;

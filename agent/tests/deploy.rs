@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _, ValueEnum as _};
 use serde_json::Value;
-use whydrop::cli::config::{AgentArgs, Cli, Command, DEFAULT_SOCKET};
+use whydrop::cli::config::{AgentArgs, Cli, Command, DEFAULT_SOCKET, OnOff};
 use whydrop::cluster::watch::KINDS;
 use whydrop::output::{http, metrics};
 use whydrop::record::{Detail, Record};
@@ -217,6 +217,39 @@ fn the_rights_are_those_that_the_watches_use() {
     assert_eq!(spec["automountServiceAccountToken"], true);
 }
 
+#[test]
+fn kubernetes_events_are_a_choice_with_rights_of_its_own() {
+    let base = flags(&daemonset());
+    assert_eq!(base.kube_events, OnOff::Off);
+    let patch = document("deploy/overlays/kube-events/agent.yaml");
+    let env = &container(&patch)["env"][0];
+    let mut command = Cli::command();
+    let agent = command.find_subcommand_mut("agent").unwrap();
+    let flag = agent
+        .get_arguments()
+        .find(|arg| arg.get_id() == "kube_events");
+    let name = flag.unwrap().get_env().unwrap().to_str().unwrap();
+    assert_eq!(env["name"], name);
+    let value = env["value"].as_str().unwrap();
+    assert_eq!(OnOff::from_str(value, true), Ok(OnOff::On));
+
+    let [role, binding] = documents("deploy/overlays/kube-events/rbac.yaml")
+        .try_into()
+        .unwrap();
+    let right = |verb: &str| ("events.k8s.io".into(), "events".into(), verb.into());
+    // What agent/src/kube_events.rs asks, beside the list of pods that every agent may.
+    assert_eq!(
+        rights(&role["rules"]),
+        ["create", "patch"].map(right).into()
+    );
+    assert_eq!(binding["roleRef"]["name"], role["metadata"]["name"]);
+    let subject = &binding["subjects"][0];
+    let daemonset = daemonset();
+    let account = &pod(&daemonset)["spec"]["serviceAccountName"];
+    assert_eq!(subject["name"], *account);
+    assert_eq!(subject["namespace"], daemonset["metadata"]["namespace"]);
+}
+
 /// A right that is added needs a reason, here and in the manifest.
 #[test]
 fn the_agent_has_no_privilege_beside_its_capabilities() {
@@ -244,6 +277,7 @@ fn the_agent_has_no_privilege_beside_its_capabilities() {
 fn each_folder_lists_its_files() {
     for folder in [
         "deploy/base",
+        "deploy/overlays/kube-events",
         "deploy/overlays/linux-5.10",
         "deploy/overlays/prometheus-operator",
         "deploy/overlays/scrape-annotations",

@@ -103,7 +103,8 @@ pub fn watch_cluster(
         };
         let tell = async {
             if kube_events == OnOff::On {
-                kube_events::run(state.clone(), kube_watch::infer, stopped()).await;
+                let times = kube_events::Times::default();
+                kube_events::run(state.clone(), times, kube_watch::infer, stopped()).await;
             }
         };
         let times = kube_watch::Times::default();

@@ -13,19 +13,35 @@ use crate::event::{Cause, Endpoint, Event, Kind, Outcome, Protocol};
 const MAX: usize = 1_024;
 /// How long a drop waits before it is told of: the first ones of many may not be explained yet.
 const GATHER: Duration = Duration::from_secs(1);
-/// From the Event to its first update, and from each update to the next. A series that is silent for six
-/// minutes is over (KEP-383).
-const UPDATES: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(300));
 /// After which a series is over, and another begins with an Event of its own.
 const OVER: Duration = Duration::from_secs(360);
 /// Requests at once, and what each takes to come again: 5,000 nodes that all lose packets ask 500 times
 /// a second.
 const BURST: u32 = 10;
 const REFILL: Duration = Duration::from_secs(10);
-/// Before what failed is tried again.
-const AGAIN: Duration = Duration::from_secs(30);
 /// `note` may have 1 kB (KEP-383).
 const NOTE_BYTES: usize = 1_024;
+
+/// Times that tests make shorter.
+#[derive(Clone, Copy, Debug)]
+pub struct Times {
+    /// From the Event to its first update.
+    pub first_update: Duration,
+    /// From each update to the next. A series that is silent for six minutes is over (KEP-383).
+    pub next_update: Duration,
+    /// Before what failed is tried again.
+    pub again: Duration,
+}
+
+impl Default for Times {
+    fn default() -> Self {
+        Self {
+            first_update: Duration::from_secs(60),
+            next_update: Duration::from_secs(300),
+            again: Duration::from_secs(30),
+        }
+    }
+}
 
 /// A pod, and what it cannot reach or who cannot reach it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -94,12 +110,12 @@ struct Series {
     told: u64,
     name: Option<String>,
     due: Instant,
-    pause: Duration,
 }
 
 /// All series of a node.
 pub struct AllSeries {
     node: Arc<str>,
+    times: Times,
     series: HashMap<Subject, Series>,
     tokens: u32,
     refilled: Instant,
@@ -107,9 +123,10 @@ pub struct AllSeries {
 
 impl AllSeries {
     /// Without any.
-    pub fn new(node: Arc<str>, now: Instant) -> Self {
+    pub fn new(node: Arc<str>, times: Times, now: Instant) -> Self {
         Self {
             node,
+            times,
             series: HashMap::new(),
             tokens: BURST,
             refilled: now,
@@ -147,7 +164,6 @@ impl AllSeries {
             told: 0,
             name: None,
             due: now + GATHER,
-            pause: UPDATES.0,
         });
         if is_explained && !series.is_explained {
             (series.note, series.is_explained) = (note, true);
@@ -203,16 +219,15 @@ impl AllSeries {
             Answer::Created(name) => {
                 series.name = Some(name);
                 series.told = 1;
-                series.due = now + series.pause;
+                series.due = now + self.times.first_update;
             }
             Answer::Updated => {
                 series.told = series.count;
-                series.pause = UPDATES.1;
-                series.due = now + series.pause;
+                series.due = now + self.times.next_update;
             }
             Answer::Gone => _ = self.series.remove(subject),
             Answer::Expired => (series.name, series.due) = (None, now),
-            Answer::Failed => series.due = now + AGAIN,
+            Answer::Failed => series.due = now + self.times.again,
         }
     }
 
