@@ -89,25 +89,33 @@ impl Awaited {
         }
     }
 
+    /// Whether an end without a name has an address that a pod may have. `knows_ranges`: the nodes tell
+    /// which addresses are pods'.
+    pub fn may_be_a_pods(&self, end: &Endpoint, knows_ranges: bool) -> bool {
+        let may_be = match end.kind {
+            Some(EndpointKind::Unknown) => true,
+            Some(EndpointKind::External) => self.asks.load(Ordering::Relaxed) && !knows_ranges,
+            _ => false,
+        };
+        let is_one = |ip: &IpAddr| !ip.is_loopback() && !ip.is_multicast() && !ip.is_unspecified();
+        may_be
+            && end
+                .ip
+                .map(|ip| ip.to_canonical())
+                .as_ref()
+                .is_some_and(is_one)
+    }
+
     /// Whether an end may get a name in a moment; asks for it if that is the way. `knows_ranges`: the
     /// nodes tell which addresses are pods', so that others need not be asked for.
     pub fn awaits(&self, end: &Endpoint, knows_ranges: bool, now: Instant) -> bool {
-        if !self.follows() {
-            return false;
-        }
-        let asks = self.asks.load(Ordering::Relaxed);
-        let may_be_a_pod = match end.kind {
-            Some(EndpointKind::Unknown) => true,
-            Some(EndpointKind::External) => asks && !knows_ranges,
-            _ => false,
-        };
-        let Some(ip) = end.ip.filter(|_| may_be_a_pod) else {
+        let Some(ip) = end
+            .ip
+            .filter(|_| self.follows() && self.may_be_a_pods(end, knows_ranges))
+        else {
             return false;
         };
         let ip = ip.to_canonical();
-        if ip.is_loopback() || ip.is_multicast() || ip.is_unspecified() {
-            return false;
-        }
         let mut addresses = lock(&self.addresses);
         if let Some((since, in_vain)) = addresses.get(&ip)
             && now.duration_since(*since) < AGAIN
@@ -123,7 +131,9 @@ impl Awaited {
         }
         addresses.insert(ip, (now, false));
         drop(addresses);
-        if asks && let Some(questions) = self.questions.get() {
+        if self.asks.load(Ordering::Relaxed)
+            && let Some(questions) = self.questions.get()
+        {
             // A queue that is full means that look-ups are limited; it is awaited all the same.
             let _ = questions.try_send(ip);
         }
@@ -160,6 +170,24 @@ mod tests {
         for kind in [EndpointKind::Pod, EndpointKind::Node, EndpointKind::Service] {
             assert!(!awaited.awaits(&end("10.1.0.8", kind), true, start));
         }
+    }
+
+    /// So the other end of a drop that waited is not counted as one without a name.
+    #[test]
+    fn a_stranger_is_no_pod_where_nodes_tell_which_addresses_are() {
+        let awaited = Awaited::default();
+        let stranger = end("192.0.2.1", EndpointKind::External);
+        for (asks, knows_ranges, may_be) in [
+            (false, true, false),
+            (false, false, false),
+            (true, true, false),
+            (true, false, true),
+        ] {
+            awaited.follow(true, asks);
+            assert_eq!(awaited.may_be_a_pods(&stranger, knows_ranges), may_be);
+        }
+        assert!(awaited.may_be_a_pods(&end("10.1.0.7", EndpointKind::Unknown), true));
+        assert!(!awaited.may_be_a_pods(&end("127.0.0.1", EndpointKind::Unknown), true));
     }
 
     #[test]

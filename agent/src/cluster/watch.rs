@@ -88,6 +88,8 @@ const DISCOVERY: Duration = Duration::from_secs(300);
 /// Between two bunches of changes. One by one they cost three times as much: each wakes a thread whose memory
 /// is in no cache any more.
 const BUNCH: Duration = Duration::from_millis(50);
+/// A bunch ends when none has come for so long: what a connection has read comes piece by piece.
+const SETTLED: Duration = Duration::from_millis(2);
 /// Between two rounds of forgetting strings that nobody uses.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
 
@@ -368,6 +370,7 @@ impl Cluster {
         let mut second = tokio::time::interval(Duration::from_secs(1));
         let mut discovery = std::pin::pin!(discover(server.client.clone(), self.times.discovery));
         let mut rest = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
+        let mut settled = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
         let (mut is_resting, mut took) = (false, false);
         loop {
             tokio::select! {
@@ -403,6 +406,7 @@ impl Cluster {
                     let failure = match step {
                         Ok(step) => {
                             took = true;
+                            settled.as_mut().reset(tokio::time::Instant::now() + SETTLED);
                             self.step(kind, step);
                             continue;
                         }
@@ -421,8 +425,8 @@ impl Cluster {
                         return format!("{} does not accept the credentials", server.url);
                     }
                 }
-                // All that was there is taken. Lists are not held up.
-                () = std::future::ready(()), if took => {
+                // Lists are not held up.
+                () = &mut settled, if took => {
                     took = false;
                     is_resting = self.kinds.values().all(|kind| kind.listing.is_none());
                     rest.as_mut().reset(tokio::time::Instant::now() + BUNCH);

@@ -179,7 +179,12 @@ fn in_cluster(family: Family, mode: Mode) -> Result<()> {
     runtime.block_on(async {
         let mut cluster = Cluster::start(lab, family, mode, &["--watch", "cluster"]).await?;
         names_and_services(&mut cluster).await?;
-        an_address_that_comes_late(&cluster).await
+        an_address_that_comes_late(&cluster).await?;
+        // What kube-proxy does has no part in it.
+        match mode {
+            Mode::Nftables => while_pods_change(&cluster).await,
+            Mode::Iptables => Ok(()),
+        }
     })
 }
 
@@ -313,4 +318,110 @@ async fn an_address_that_comes_late(cluster: &Cluster) -> Result<()> {
         .sum();
     ensure!(late == 3.0, "the counters have {late} of the late pod");
     Ok(())
+}
+
+/// Pods of another node that change all the time, and how often in a second.
+const CHANGING: usize = 20;
+const CHANGES_A_SECOND: u32 = 200;
+
+/// Drops while 200 times a second a pod has another address: each has its right name.
+async fn while_pods_change(cluster: &Cluster) -> Result<()> {
+    let list = cluster_objects(&cluster.lab);
+    let mut pod = list_of(&list, "Pod", "server").clone();
+    for n in 0..CHANGING {
+        pod["metadata"]["name"] = format!("changing-{n}").into();
+        pod["status"]["podIP"] = format!("198.18.0.{n}").into();
+        pod["status"]["podIPs"] = json!([{"ip": format!("198.18.0.{n}")}]);
+        create(&cluster.client, &pod).await?;
+    }
+    cluster.knows("pods", objects::PODS.len() + CHANGING)?;
+    let config = cluster.server.config(User::Admin).await?;
+    let (stop, stopped) = tokio::sync::oneshot::channel();
+    // What is sent below holds up this thread.
+    let changes = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        runtime.block_on(change_pods(Client::try_from(config)?, pod, stopped))
+    });
+    let (before, started, mut sent) = (cluster.agent.lines().len(), Instant::now(), 0);
+    let counted = |metrics: &[whydrop_tests::agent::Sample]| -> f64 {
+        let drops = metrics.iter().filter(|sample| {
+            sample.name == "whydrop_silent_drops_total"
+                && sample.label("protocol") == "UDP"
+                && sample.label("source_pod") == "late"
+                && sample.label("destination_pod") == "server-new"
+                && sample.label("source_namespace") == cluster.lab.namespace()
+        });
+        drops.map(|sample| sample.value).sum()
+    };
+    let known = counted(&cluster.agent.metrics()?);
+    while started.elapsed() < Duration::from_secs(5) {
+        cluster.datagrams(10)?;
+        sent += 10;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let took = started.elapsed();
+    drop(stop);
+    let changes = changes
+        .join()
+        .map_err(|_| anyhow::anyhow!("the changes panicked"))??;
+    let rate = f64::from(changes) / took.as_secs_f64();
+    ensure!(
+        rate > f64::from(CHANGES_A_SECOND) / 4.0,
+        "{rate} changes a second"
+    );
+    whydrop_tests::expect::barrier(&cluster.lab, &cluster.agent)?;
+    let named = counted(&cluster.agent.metrics()?) - known;
+    ensure!(
+        named == f64::from(sent),
+        "of {sent} drops {named} are named right"
+    );
+    let namespace = cluster.lab.namespace();
+    for line in &cluster.agent.lines()[before..] {
+        if let Line::Event(event) = line
+            && event.source.namespace.as_deref() == Some(&*namespace)
+        {
+            let names = (
+                event.source.pod.as_deref(),
+                event.destination.pod.as_deref(),
+            );
+            ensure!(names == (Some("late"), Some("server-new")), "{event:?}");
+        }
+    }
+    Ok(())
+}
+
+/// Gives one pod after the other another address, until it is told to stop. How often it did.
+async fn change_pods(
+    client: Client,
+    mut pod: Value,
+    mut stopped: tokio::sync::oneshot::Receiver<()>,
+) -> Result<u32> {
+    let mut tick = tokio::time::interval(Duration::from_secs(1) / CHANGES_A_SECOND);
+    let (mut begun, mut changes, mut tasks) = (0, 0, tokio::task::JoinSet::new());
+    loop {
+        tokio::select! {
+            _ = tick.tick(), if tasks.len() < 16 => {}
+            Some(done) = tasks.join_next() => {
+                done??;
+                changes += 1;
+                continue;
+            }
+            _ = &mut stopped => break,
+        }
+        begun += 1;
+        let n = begun as usize % CHANGING;
+        let name = format!("changing-{n}");
+        pod["metadata"]["name"] = name.as_str().into();
+        let ip = format!("198.18.{}.{n}", begun / 256 % 256);
+        let status = json!({"podIP": ip, "podIPs": [{"ip": ip}]});
+        let pods = api(&client, &pod)?;
+        tasks.spawn(async move {
+            let patch = Patch::Merge(json!({ "status": status }));
+            let params = PatchParams::default();
+            pods.patch_status(&name, &params, &patch).await.map(drop)
+        });
+    }
+    Ok(changes)
 }
