@@ -285,6 +285,11 @@ impl State {
         })
     }
 
+    /// Says nothing more of a source that there is no more.
+    pub fn forget_source(&self, source: &str) {
+        lock(&self.status).sources.retain(|s| s.source != source);
+    }
+
     /// Says how a source does, in place of what was said of it before. What does not work, works
     /// again, or leaves out something else than before is logged.
     pub fn set_source(&self, now: SourceStatus) {

@@ -2,7 +2,8 @@
 //! ran, which were skipped, and why.
 
 use std::{
-    path::Path,
+    fs,
+    path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
 };
 
@@ -11,6 +12,7 @@ use clap::ValueEnum;
 use nix::unistd::geteuid;
 
 use crate::{
+    build,
     command::{cargo, command, root, run as execute},
     dependencies, fuzz, kube, prometheus,
     setup::{self, Found, Need},
@@ -256,17 +258,34 @@ fn kubernetes(found: &Found) -> Outcome {
     }
     let tests = || {
         let programs = kube::programs()?;
+        let fixes = fixes()?;
         execute(cargo("build").arg("--package=whydrop"))?;
         execute(
             cargo("test")
                 .args(["--package=whydrop-kube-tests", "--no-fail-fast"])
-                .env("WHYDROP_KUBE_PROGRAMS", programs),
+                .env("WHYDROP_KUBE_PROGRAMS", programs)
+                .env("WHYDROP_TEST_FIXES", fixes),
         )
     };
     match tests() {
         Ok(()) => Outcome::Passed("a real API server, kube-proxy, and drops".to_owned()),
         Err(error) => Outcome::Failed(format!("{error:#}")),
     }
+}
+
+/// The fixes that the unit tests produce, in a folder, for a real API server to take.
+fn fixes() -> Result<PathBuf> {
+    let folder = build::target().join("fixes");
+    if folder.exists() {
+        fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
+    }
+    fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    execute(
+        own_tests()
+            .args(["--lib", "findings"])
+            .env("WHYDROP_TEST_FIXES", &folder),
+    )?;
+    Ok(folder)
 }
 
 /// Why the lab cannot run on this machine.

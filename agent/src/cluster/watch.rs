@@ -497,6 +497,7 @@ impl Cluster {
                     // With its definition each object is gone.
                     self.kind(kind).listing = Some((Instant::now(), HashSet::new()));
                     self.complete(kind);
+                    self.state.forget_source(health::source(kind).0);
                 }
                 _ => {}
             }

@@ -235,6 +235,17 @@ impl World {
             return Some(Verdict::Undefined);
         }
         let mut best = Match::No;
+        if let Some(compiled) = self.isolating_compiled(subject, direction) {
+            let namespace = self.namespace_id(subject);
+            for (policy, compiled) in compiled {
+                let matched = self.compiled_matches(policy, compiled, namespace, flow, direction);
+                match matched {
+                    Match::Yes => return Some(Verdict::Allow),
+                    other => best = best.max(other),
+                }
+            }
+            return Some(verdict_of(best));
+        }
         for policy in isolating {
             for rule in &policy.side(direction).rules {
                 match self.rule_matches(policy, rule, flow, direction) {
@@ -243,10 +254,7 @@ impl World {
                 }
             }
         }
-        Some(match best {
-            Match::No => Verdict::Deny,
-            _ => Verdict::Undefined,
-        })
+        Some(verdict_of(best))
     }
 
     /// What the policies of one side say, and how every rule of theirs fared.
@@ -406,21 +414,20 @@ impl World {
         let Who::Pod(id) = subject.who else {
             return Err((Verdict::NotApplicable, Because::NotAPod));
         };
-        let pod = self.pod(id);
-        if pod.host_network {
+        if self.is_on_host_network(id) {
             return Err((Verdict::NotApplicable, Because::HostNetwork));
         }
         if subject.who == peer.who {
             return Err((Verdict::Allow, Because::ToItself));
         }
         let peer_node = match peer.who {
-            Who::Pod(peer) => Some(self.pod(peer))
-                .filter(|pod| pod.host_network)
-                .and_then(|pod| pod.node.as_ref()),
+            Who::Pod(peer) if self.is_on_host_network(peer) => self.pod(peer).node.as_ref(),
+            Who::Pod(_) | Who::Outside => None,
             Who::Node(node) => Some(&self.node(node).key.name),
-            Who::Outside => None,
         };
-        if direction == Direction::Ingress && peer_node.is_some() && peer_node == pod.node.as_ref()
+        if direction == Direction::Ingress
+            && peer_node.is_some()
+            && peer_node == self.pod(id).node.as_ref()
         {
             return Err((Verdict::Allow, Because::OwnNode));
         }
@@ -448,6 +455,14 @@ impl World {
             }
         }
         best
+    }
+}
+
+/// Where no rule surely matches.
+const fn verdict_of(best: Match) -> Verdict {
+    match best {
+        Match::No => Verdict::Deny,
+        Match::Maybe | Match::Yes => Verdict::Undefined,
     }
 }
 

@@ -8,6 +8,7 @@
 //! | [`world`] | all objects that decide, by what they are looked up by |
 //! | [`evaluate`] | the verdict of each side of a flow |
 //! | [`matching`] | whether a peer, an address or a port matches |
+//! | [`compiled`] | the same laid out for many evaluations |
 //! | [`failure`] | the predicates of a rule that can fail |
 //! | [`findings`] | what is missing, in real names |
 //! | [`beside`], [`aws`] | findings that no missing rule explains |
@@ -19,6 +20,7 @@
 mod aws;
 mod beside;
 pub mod cni;
+mod compiled;
 pub mod dns;
 pub mod evaluate;
 pub mod failure;

@@ -92,8 +92,25 @@ pub fn found(more: &str, text: &str, code: &str) -> Finding {
         let flow = flow(&changed, text);
         let side = finding.direction.unwrap();
         assert_eq!(changed.verdict(&flow, side), Verdict::Allow, "{}", fix.yaml);
+        write_down(more, text, side, &fix.yaml);
     }
     finding
+}
+
+/// Leaves a fix for `tests/kube/tests/fixes.rs`, which a real API server must take, in the folder that
+/// `WHYDROP_TEST_FIXES` names.
+fn write_down(more: &str, text: &str, side: Direction, fix: &str) {
+    let Some(folder) = std::env::var_os("WHYDROP_TEST_FIXES") else {
+        return;
+    };
+    let case = serde_json::json!({
+        "objects": format!("{BASE}{more}"), "flow": text, "side": side.as_str(), "fix": fix,
+    });
+    let mut hasher = std::hash::DefaultHasher::new();
+    std::hash::Hash::hash(&case.to_string(), &mut hasher);
+    let name = format!("{:016x}.json", std::hash::Hasher::finish(&hasher));
+    let path = std::path::Path::new(&folder).join(name);
+    std::fs::write(path, case.to_string()).unwrap();
 }
 
 /// The world after a manifest is applied.

@@ -10,6 +10,7 @@ use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
 
+use super::compiled::{self, Compiled, LabelsId, Memo, Sets, UNKNOWN};
 use super::model::{Direction, NetworkPolicy};
 use super::tier::{Tier, TierPolicy};
 use crate::cluster::objects::{
@@ -40,6 +41,11 @@ pub struct World {
     policies: Vec<Arc<[Arc<NetworkPolicy>]>>,
     /// By pod, found when it is first asked for: ingress and egress as indices into `policies`.
     isolating: Arc<[OnceLock<Indices>]>,
+    /// By namespace, the same laid out for many evaluations; none where a change was made.
+    compiled: Vec<Option<Arc<[Compiled]>>>,
+    pub(super) memo: Arc<Memo>,
+    /// By namespace.
+    pub(super) namespace_labels: Vec<LabelsId>,
     /// In the order in which they are asked.
     tiers: Arc<[Arc<TierPolicy>]>,
     /// By pod, as `isolating`, as indices into `tiers`.
@@ -51,6 +57,9 @@ pub struct World {
 pub(super) struct Inventory {
     pub(super) pods: Vec<Arc<Pod>>,
     pod_namespaces: Vec<NamespaceId>,
+    /// By pod.
+    pub(super) pod_labels: Vec<LabelsId>,
+    on_host_network: Vec<bool>,
     pub(super) nodes: Vec<Arc<Node>>,
     by_name: HashMap<Arc<str>, HashMap<Arc<str>, PodId>>,
     by_ip: HashMap<IpAddr, Vec<PodId>>,
@@ -130,20 +139,28 @@ impl World {
                 }));
             }
         }
-        inventory.fill();
+        let mut sets = Sets::default();
+        inventory.fill(&mut sets);
         let mut by_namespace: Vec<Vec<Arc<NetworkPolicy>>> = vec![Vec::new(); namespaces.len()];
         for policy in policies {
             if let Some(id) = inventory.namespace_ids.get(&policy.namespace) {
                 by_namespace[*id as usize].push(policy);
             }
         }
+        let policies: Vec<Arc<[_]>> = by_namespace.into_iter().map(Arc::from).collect();
+        let labels = namespaces.iter();
+        let namespace_labels = labels.map(|namespace| sets.id(&namespace.labels)).collect();
+        let (memo, compiled) = compiled::compile(&policies, &sets);
         Self {
+            compiled,
+            memo: Arc::new(memo),
+            namespace_labels,
             isolating: fresh(inventory.pods.len()),
             tiers: in_order(tiers),
             governing: fresh(inventory.pods.len()),
             inventory: Arc::new(inventory),
             namespaces,
-            policies: by_namespace.into_iter().map(Arc::from).collect(),
+            policies,
         }
     }
 
@@ -154,6 +171,7 @@ impl World {
             Change::Namespace(namespace) => {
                 if let Some(id) = self.inventory.namespace_ids.get(&namespace.key.name) {
                     world.namespaces[*id as usize] = with_name_label(namespace);
+                    world.namespace_labels[*id as usize] = UNKNOWN;
                     world.governing = fresh(self.inventory.pods.len());
                 }
             }
@@ -174,6 +192,7 @@ impl World {
                     None => policies.push(policy.clone()),
                 }
                 world.policies[*id as usize] = policies.into();
+                world.compiled[*id as usize] = None;
                 world.isolating = fresh(self.inventory.pods.len());
             }
         }
@@ -272,13 +291,44 @@ impl World {
         id.map_or(&[], |id| &self.policies[*id as usize])
     }
 
+    /// The number of a pod's namespace.
+    pub(super) fn namespace_id(&self, pod: PodId) -> NamespaceId {
+        self.inventory.pod_namespaces[pod as usize]
+    }
+
+    /// Whether a pod is on its node's network.
+    pub(super) fn is_on_host_network(&self, pod: PodId) -> bool {
+        self.inventory.on_host_network[pod as usize]
+    }
+
     /// The policies that isolate a pod.
     pub fn isolating(
         &self,
         pod: PodId,
         direction: Direction,
     ) -> impl Iterator<Item = &Arc<NetworkPolicy>> + Clone {
-        let namespace = self.inventory.pod_namespaces[pod as usize];
+        let policies = &self.policies[self.namespace_id(pod) as usize];
+        let indices = self.isolating_indices(pod, direction);
+        indices.iter().map(|i| &policies[*i as usize])
+    }
+
+    /// The same as they are laid out for many evaluations; `None` where a change was made.
+    pub(super) fn isolating_compiled(
+        &self,
+        pod: PodId,
+        direction: Direction,
+    ) -> Option<impl Iterator<Item = (&Arc<NetworkPolicy>, &Compiled)>> {
+        let namespace = self.namespace_id(pod) as usize;
+        let (policies, compiled) = (
+            &self.policies[namespace],
+            self.compiled[namespace].as_ref()?,
+        );
+        let indices = self.isolating_indices(pod, direction).iter();
+        Some(indices.map(|i| (&policies[*i as usize], &compiled[*i as usize])))
+    }
+
+    fn isolating_indices(&self, pod: PodId, direction: Direction) -> &[u32] {
+        let namespace = self.namespace_id(pod);
         let policies = &self.policies[namespace as usize];
         let of_pod = self.isolating[pod as usize].get_or_init(|| {
             let labels = &self.pod(pod).labels;
@@ -292,8 +342,7 @@ impl World {
                 isolating.map(|(i, _)| *i).collect()
             })
         });
-        let indices = of_direction(of_pod, direction);
-        indices.iter().map(|i| &policies[*i as usize])
+        of_direction(of_pod, direction)
     }
 
     /// All policies of the tiers, in the order in which they are asked.
@@ -347,8 +396,10 @@ fn in_order(mut policies: Vec<Arc<TierPolicy>>) -> Arc<[Arc<TierPolicy>]> {
 
 impl Inventory {
     /// The look-ups, once all objects are there.
-    fn fill(&mut self) {
+    fn fill(&mut self, sets: &mut Sets) {
         for (id, pod) in (0..).zip(&self.pods) {
+            self.pod_labels.push(sets.id(&pod.labels));
+            self.on_host_network.push(pod.host_network);
             let namespace = self.namespace_ids.get(&pod.key.namespace).copied();
             self.pod_namespaces.push(namespace.unwrap_or_default());
             let names = self.by_name.entry(pod.key.namespace.clone()).or_default();

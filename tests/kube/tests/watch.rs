@@ -224,7 +224,7 @@ async fn kinds_of_the_admin_tier_are_watched_while_they_are_defined() {
     delete(&admin, &definition).await.unwrap();
     follower.until("it is gone", |f| count(f) == 0).await;
     follower
-        .until("nothing is missed", |f| f.works(source))
+        .until("nothing is missed", |f| f.source(source).is_none())
         .await;
 }
 
