@@ -75,7 +75,7 @@ async fn apply(client: &Client, fix: &Value) -> Result<Value> {
 /// The objects of a text, and the same after an object is applied.
 fn worlds(text: &str, applied: &Value) -> Result<(World, World)> {
     let mut strings = Interner::default();
-    let read = document::read(text, false)?;
+    let read = document::read(text, false).map_err(anyhow::Error::msg)?;
     let objects: Vec<Object> = read
         .parsed
         .into_iter()

@@ -342,7 +342,8 @@ async fn while_pods_change(cluster: &Cluster) -> Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        runtime.block_on(change_pods(Client::try_from(config)?, pod, stopped))
+        // A client is of the runtime in which it is made.
+        runtime.block_on(async { change_pods(Client::try_from(config)?, pod, stopped).await })
     });
     let (before, started, mut sent) = (cluster.agent.lines().len(), Instant::now(), 0);
     let counted = |metrics: &[whydrop_tests::agent::Sample]| -> f64 {
