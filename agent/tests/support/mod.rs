@@ -22,6 +22,7 @@ use whydrop::senders::Senders;
 use whydrop::state::State;
 
 pub mod api;
+pub mod cluster;
 
 /// Nothing here takes this long, on any machine.
 pub const DEADLINE: Duration = Duration::from_secs(20);
