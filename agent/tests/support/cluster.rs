@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -18,6 +18,7 @@ use futures_util::stream::{self, StreamExt as _};
 use futures_util::{FutureExt as _, SinkExt as _};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::AbortHandle;
@@ -25,9 +26,10 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::Role;
+use whydrop::event::{Event, Line};
 
-use super::Tail;
 use super::api::{accept, error};
+use super::{Agent, Tail, event};
 
 /// What runs in a pod.
 pub type Program = Arc<dyn Fn(Session) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
@@ -409,4 +411,49 @@ fn pass_on(channel: u8, mut from: impl Read + Send + 'static, to: mpsc::Sender<(
             }
         }
     });
+}
+
+/// An event of a node at a second, which is also the number of its packets.
+pub fn at(node: &str, second: u64) -> Line {
+    Line::Event(Event {
+        node: node.into(),
+        time: Timestamp::from_second(second as i64).unwrap(),
+        packets: second,
+        ..event()
+    })
+}
+
+/// A real agent without a kernel, whose pod is in the cluster.
+pub fn agent(cluster: &Cluster, node: &str) -> Agent {
+    let agent = Agent::start_as(node, tempfile::tempdir().unwrap());
+    cluster.add(node, whydrop(agent.socket(), &[]));
+    agent
+}
+
+pub fn publish(agent: &Agent, seconds: impl IntoIterator<Item = u64>) {
+    for second in seconds {
+        let line = at(&agent.state.node, second);
+        agent.state.stream.publish(Arc::new(line));
+    }
+}
+
+pub fn output(mut command: Command) -> (Output, String) {
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
+    (output, stderr)
+}
+
+/// An agent that says this, and then nothing for as long as it is followed.
+pub fn says(text: String) -> Program {
+    program(move |mut session| {
+        let text = text.clone();
+        async move {
+            session.stdout(&text).await;
+            session.gone().await;
+        }
+    })
+}
+
+pub fn line(node: &str, second: u64) -> String {
+    serde_json::to_string(&at(node, second)).unwrap() + "\n"
 }

@@ -28,6 +28,8 @@ use crate::output::query::Since;
 /// Pieces of lines, of 16 KiB each, between the nodes and the output. When they wait, the nodes' connections
 /// are not read.
 const UPDATES: usize = 64;
+/// How long a node may keep what comes from being followed, while it is asked for what was before.
+const HISTORY: Duration = Duration::from_secs(5);
 /// Lines that are written in one step.
 const WRITTEN: usize = 1024;
 
@@ -51,7 +53,11 @@ pub async fn tail(agents: Agents, args: TailArgs) -> anyhow::Result<ExitCode> {
     let begins_now = range.last.unwrap_or(0) == 0 && range.since.is_none();
     let mut read = HashMap::new();
     if !range.follow || !begins_now {
-        let history = history::collect(&agents, &all, part).await?;
+        let patience = match range.follow {
+            true => agents.timeout.min(HISTORY),
+            false => agents.timeout,
+        };
+        let history = history::collect(&agents, &all, part, patience).await?;
         if output.write(history.items).await? == Written::Closed {
             return Ok(ExitCode::SUCCESS);
         }
@@ -81,11 +87,13 @@ pub async fn tail(agents: Agents, args: TailArgs) -> anyhow::Result<ExitCode> {
         was_connected: false,
     };
     for agent in all {
-        let lines = read.remove(&agent.uid);
-        // Who answered and had nothing has nothing of before: whatever it has later is new.
-        let begin = match (&lines, begin) {
-            (Some(_), Begin::At(_)) => Begin::Since(Since::At(Timestamp::UNIX_EPOCH)),
-            (_, begin) => begin,
+        let (lines, begin) = match (read.remove(&agent.uid), begin) {
+            // Who answered and had nothing has nothing of before: whatever it has later is new.
+            (Some((lines, true)), Begin::At(_)) => {
+                let ever = Since::At(Timestamp::UNIX_EPOCH);
+                (Some(lines), Begin::Since(ever))
+            }
+            (lines, begin) => (lines.map(|(lines, _)| lines), begin),
         };
         following.begin(agent, lines, begin);
     }

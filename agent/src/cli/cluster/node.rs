@@ -19,7 +19,9 @@ use crate::output::query::Since;
 
 /// How often an agent's whydrop gives a sign of life, so that a connection that is dead is noticed.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// How long nothing may come: three of them.
+/// How long a node may keep others from being opened. Those that are off would hold them up.
+const OPENED: Duration = Duration::from_secs(10);
+/// How long nothing may come: three signs of life.
 const SILENCE: Duration = Duration::from_secs(30);
 /// Between two tries: doubling. A restart takes a moment; a node that is off, hours.
 const RETRY: RangeInclusive<Duration> = Duration::from_millis(500)..=Duration::from_secs(30);
@@ -214,25 +216,27 @@ impl Session<'_> {
         lines: &mut NodeLines,
     ) -> Result<std::convert::Infallible, ExecError> {
         // Until the first sign of life; never closed.
-        let mut opening = self.agents.opening.acquire().await.ok();
-        let mut exec = self.agents.exec(self.agent, arguments).await?;
+        let opening = self.agents.opening.acquire().await.ok();
+        let first = async {
+            let mut exec = self.agents.exec(self.agent, arguments).await?;
+            let read = exec.lines().await?;
+            Ok((exec, read))
+        };
+        let patience = self.agents.timeout.min(OPENED);
+        let (mut exec, mut read) = timeout(patience, first)
+            .await
+            .map_err(|_| ExecError::Silent(patience))??;
+        drop(opening);
+        self.is_connected = true;
+        self.tell(Update::Connected).await;
         loop {
-            let patience = match self.is_connected {
-                true => SILENCE,
-                false => self.agents.timeout,
-            };
-            let read = timeout(patience, exec.lines()).await;
-            let read = read.map_err(|_| ExecError::Silent(patience))??;
-            let read = read.ok_or(ExecError::Ended)?;
-            if !self.is_connected {
-                self.is_connected = true;
-                opening.take();
-                self.tell(Update::Connected).await;
-            }
-            let items = lines.items(read);
+            let items = lines.items(read.ok_or(ExecError::Ended)?);
             if !items.is_empty() {
                 self.tell(Update::Items(items)).await;
             }
+            read = timeout(SILENCE, exec.lines())
+                .await
+                .map_err(|_| ExecError::Silent(SILENCE))??;
         }
     }
 

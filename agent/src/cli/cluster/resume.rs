@@ -11,7 +11,7 @@ use jiff::{SignedDuration, Timestamp};
 
 /// How late a line may come: 2 s for its name, 1 s for a summary.
 const LATE: SignedDuration = SignedDuration::from_secs(3);
-/// Lines that are remembered of a node, 24 bytes each. Where more came within [`LATE`], the stream is asked
+/// Lines that are remembered of a node, some 40 bytes each. Where more came within [`LATE`], the stream is asked
 /// for what came since the oldest of them.
 const REMEMBERED: usize = 4096;
 
