@@ -408,6 +408,16 @@ impl Selection {
         })
     }
 
+    /// Whether events of a node can be selected, as far as its name tells.
+    pub fn may_be_on(&self, node: &str) -> bool {
+        let of_nodes = || self.0.iter().filter(|term| term.flag == Flag::NodeName);
+        let matches =
+            |term: &Term| matches!(&term.value, Value::Text(pattern) if glob(pattern, node));
+        let mut wanted = of_nodes().filter(|term| !term.not).peekable();
+        let is_wanted = wanted.peek().is_none() || wanted.any(matches);
+        is_wanted && !of_nodes().any(|term| term.not && matches(term))
+    }
+
     /// Whether a reader with this selection gets the line.
     pub fn matches(&self, line: &Line) -> bool {
         let Line::Event(event) = line else {

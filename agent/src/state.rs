@@ -34,6 +34,8 @@ pub struct State {
     pub node: Arc<str>,
     /// The kernel's release, as `uname -r` prints it.
     pub kernel: Arc<str>,
+    /// When the agent started.
+    pub since: jiff::Timestamp,
     /// Who holds which address.
     pub index: RwLock<Index>,
     /// The last events, and everyone who follows them.
@@ -173,6 +175,7 @@ impl State {
             stream: Stream::new(node.clone()),
             node,
             kernel,
+            since: jiff::Timestamp::now(),
             index: RwLock::default(),
             listen_drops: Mutex::new(ListenDrops::beside(&record)),
             record: Mutex::new(record),
@@ -253,6 +256,7 @@ impl State {
             "node": &*self.node,
             "version": env!("CARGO_PKG_VERSION"),
             "kernel": &*self.kernel,
+            "since": format!("{:.0}", self.since),
             "ready": self.ready().is_ok(),
             "sources": status.sources,
             "maps": status.maps,

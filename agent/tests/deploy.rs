@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use clap::{CommandFactory as _, Parser as _, ValueEnum as _};
 use serde_json::Value;
+use whydrop::cli::cluster::agents::Agent;
+use whydrop::cli::config::agents::{AGENT_NAMESPACE, AGENT_SELECTOR};
 use whydrop::cli::config::{AgentArgs, Cli, Command, DEFAULT_SOCKET, OnOff};
 use whydrop::cluster::watch::KINDS;
 use whydrop::output::{http, metrics};
@@ -248,6 +250,33 @@ fn kubernetes_events_are_a_choice_with_rights_of_its_own() {
     let account = &pod(&daemonset)["spec"]["serviceAccountName"];
     assert_eq!(subject["name"], *account);
     assert_eq!(subject["namespace"], daemonset["metadata"]["namespace"]);
+}
+
+#[test]
+fn people_find_the_agents_and_may_be_given_what_it_takes() {
+    let daemonset = daemonset();
+    assert_eq!(daemonset["metadata"]["namespace"], AGENT_NAMESPACE);
+    let (key, value) = AGENT_SELECTOR.split_once('=').unwrap();
+    assert_eq!(pod(&daemonset)["metadata"]["labels"][key], value);
+    let agent = Agent::of(&serde_json::from_value(pod(&daemonset).clone()).unwrap());
+    assert_eq!(agent.container.unwrap(), container(&daemonset)["name"]);
+
+    let role = document("deploy/base/reader.yaml");
+    assert_eq!(role["kind"], "Role");
+    assert_eq!(role["metadata"]["namespace"], AGENT_NAMESPACE);
+    let right = |(resource, verb): (&str, &str)| (String::new(), resource.into(), verb.into());
+    let needed = [
+        ("pods", "list"),
+        ("pods", "watch"),
+        ("pods/exec", "create"),
+        ("pods/exec", "get"),
+    ];
+    assert_eq!(rights(&role["rules"]), needed.map(right).into());
+    // Whoever deploys says who gets it.
+    for file in fs::read_dir(path("deploy/base")).unwrap() {
+        let text = fs::read_to_string(file.unwrap().path()).unwrap();
+        assert!(!text.contains("kind: RoleBinding"));
+    }
 }
 
 /// A right that is added needs a reason, here and in the manifest.

@@ -5,20 +5,21 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::BoolishValueParser;
-use clap::error::ErrorKind;
 use clap::{
-    Arg, ArgAction, ArgMatches, Args, CommandFactory as _, FromArgMatches, Parser, Subcommand,
-    ValueEnum,
+    ArgAction, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum,
 };
 
-use crate::cli::format::TimeFormat;
+pub use self::agents::{AgentsArgs, KubeArgs};
+pub use self::selection::SelectionArgs;
+pub use self::tail::{Color, Output, StatusArgs, TailArgs};
 use crate::cli::units::{Size, duration};
 use crate::cluster::watch::Reach;
 use crate::event::Protocol;
-use crate::output::query::Since;
-use crate::selection::{Flag, Selection};
 use crate::source::load::Attach;
+
+pub mod agents;
+mod selection;
+mod tail;
 
 /// Where the agent's local API is, unless `--socket` says otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/whydrop/agent.sock";
@@ -53,11 +54,11 @@ pub struct Cli {
 pub enum Command {
     /// Observe this node: the agent that counts and names its drops
     Agent(AgentArgs),
-    /// Show the drops of a running agent, as they happen or afterwards
+    /// Show the drops of a running agent or of all agents of a cluster, as they happen or afterwards
     Tail(TailArgs),
     /// Explain what the NetworkPolicies say of a connection, and mend what is missing
     Explain(ExplainArgs),
-    /// Show what a running agent says of itself: sources, sizes, losses
+    /// Show what a running agent, or each of a cluster, says of itself: sources, sizes, losses
     Status(StatusArgs),
     /// Show what this kernel and these privileges allow to observe
     Check(CheckArgs),
@@ -363,117 +364,6 @@ pub enum ExplainOutput {
     Yaml,
 }
 
-/// Flags of `whydrop tail`.
-#[derive(Debug, Args)]
-#[command(
-    after_help = "A selection repeated is OR, different ones are AND. --not takes out what \
-                        the one selection behind it matches: --not --to-pod kube-system/coredns. \
-                        Lines about losses are always shown."
-)]
-pub struct TailArgs {
-    /// Which events
-    #[command(flatten)]
-    pub selection: SelectionArgs,
-
-    /// Begin with the last N events [default: on a terminal 10, else all that the agent keeps, or
-    /// none with --follow]
-    #[arg(long, value_name = "N", env = "WHYDROP_LAST", help_heading = "Range")]
-    pub last: Option<usize>,
-
-    /// Begin with events of this age or time: 90s, 1h30m, 2026-11-22T12:03:00Z
-    #[arg(
-        long,
-        value_name = "DURATION|TIME",
-        env = "WHYDROP_SINCE",
-        help_heading = "Range"
-    )]
-    pub since: Option<Since>,
-
-    /// Go on with events as they happen [default: on a terminal without --last]
-    #[arg(short, long, env = "WHYDROP_FOLLOW", value_parser = BoolishValueParser::new(),
-          help_heading = "Range")]
-    pub follow: bool,
-
-    /// How an event looks: one line, one line with all that is known, JSON or YAML
-    #[arg(
-        short,
-        long,
-        value_name = "FORMAT",
-        default_value = "compact",
-        env = "WHYDROP_OUTPUT",
-        help_heading = "Output"
-    )]
-    pub output: Output,
-
-    /// Colours; `auto` is on a terminal without $NO_COLOR
-    #[arg(
-        long,
-        value_name = "WHEN",
-        default_value = "auto",
-        env = "WHYDROP_COLOR",
-        help_heading = "Output"
-    )]
-    pub color: Color,
-
-    /// Times of compact and wide: `short` (12:03:10.512 local), `local` (with date and offset),
-    /// `rfc3339` (UTC, nanoseconds), `relative`, or a strftime format as `%H:%M:%S%.6f`
-    /// [default: short, wide: rfc3339]
-    #[arg(
-        long,
-        value_name = "FORMAT",
-        env = "WHYDROP_TIME_FORMAT",
-        help_heading = "Output"
-    )]
-    pub time_format: Option<TimeFormat>,
-
-    /// The agent's local API
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET, env = "WHYDROP_SOCKET",
-          help_heading = "Agent")]
-    pub socket: PathBuf,
-}
-
-/// How `whydrop tail` shows an event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Output {
-    /// One line.
-    Compact,
-    /// One line with all that is known.
-    Wide,
-    /// One JSON object a line.
-    Json,
-    /// One YAML document an event.
-    Yaml,
-}
-
-/// When there are colours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Color {
-    /// On a terminal, unless `NO_COLOR` is set.
-    Auto,
-    /// Also into files.
-    Always,
-    /// Nowhere.
-    Never,
-}
-
-/// Flags of `whydrop status`.
-#[derive(Debug, Args)]
-pub struct StatusArgs {
-    /// How it is shown
-    #[arg(
-        short,
-        long,
-        value_name = "FORMAT",
-        default_value = "text",
-        env = "WHYDROP_OUTPUT"
-    )]
-    pub output: ReportOutput,
-
-    /// The agent's local API
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET, env = "WHYDROP_SOCKET")]
-    pub socket: PathBuf,
-}
-
 /// Flags of `whydrop check`.
 #[derive(Debug, Args)]
 pub struct CheckArgs {
@@ -495,91 +385,6 @@ pub enum ReportOutput {
     Text,
     /// For scripts.
     Json,
-}
-
-/// The flags of [`Flag::ALL`] and `--not`, whose meaning hangs on their order.
-#[derive(Debug, Default)]
-pub struct SelectionArgs(pub Selection);
-
-impl Args for SelectionArgs {
-    fn augment_args(cmd: clap::Command) -> clap::Command {
-        let heading = "Selection";
-        let not = Arg::new("not")
-            .long("not")
-            .help("Negates the selection behind it")
-            .action(ArgAction::Append)
-            .num_args(0)
-            .default_missing_value("true")
-            .help_heading(heading);
-        Flag::ALL
-            .into_iter()
-            .map(|flag| {
-                let name = flag.name();
-                let arg = Arg::new(name)
-                    .long(name)
-                    .value_name(flag.value_name())
-                    .help(flag.help())
-                    .action(ArgAction::Append)
-                    .env(format!("WHYDROP_{}", name.replace('-', "_").to_uppercase()))
-                    .help_heading(heading);
-                if flag == Flag::Namespace {
-                    arg.short('n')
-                } else {
-                    arg
-                }
-            })
-            .fold(cmd, clap::Command::arg)
-            .arg(not)
-    }
-
-    fn augment_args_for_update(cmd: clap::Command) -> clap::Command {
-        Self::augment_args(cmd)
-    }
-}
-
-impl FromArgMatches for SelectionArgs {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let wrong = |what: String| clap::Error::raw(ErrorKind::ValueValidation, what + "\n");
-        // clap counts a flag and its value as two indices.
-        let mut nots: Vec<usize> = matches.indices_of("not").into_iter().flatten().collect();
-        let mut flags = Vec::new();
-        for flag in Flag::ALL {
-            let values = matches
-                .get_many::<String>(flag.name())
-                .into_iter()
-                .flatten();
-            let typed =
-                matches.value_source(flag.name()) == Some(clap::parser::ValueSource::CommandLine);
-            let indices = matches.indices_of(flag.name()).into_iter().flatten();
-            for (value, index) in values.zip(indices) {
-                let not = nots.iter().position(|not| typed && not + 2 == index);
-                flags.push((
-                    index,
-                    not.map(|i| nots.swap_remove(i)).is_some(),
-                    flag,
-                    value,
-                ));
-            }
-        }
-        if !nots.is_empty() {
-            return Err(wrong(
-                "--not negates the selection behind it, and there is none".into(),
-            ));
-        }
-        flags.sort_by_key(|(index, ..)| *index);
-        Selection::new(
-            flags
-                .into_iter()
-                .map(|(_, not, flag, value)| (not, flag, value)),
-        )
-        .map(Self)
-        .map_err(|e| wrong(format!("--{e}")))
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Self::from_arg_matches(matches)?;
-        Ok(())
-    }
 }
 
 /// Parses the command line, its program name first. As `kubectl-whydrop` the binary is a plugin

@@ -61,6 +61,8 @@ pub struct Format {
     pub time: TimeFormat,
     /// Where `local` is.
     pub zone: TimeZone,
+    /// Compact lines name the node too, as wide ones do.
+    pub node: bool,
 }
 
 const DIM: Style = Style::new().dimmed();
@@ -97,7 +99,7 @@ impl Format {
 
     fn event(&self, event: &Event, now: Timestamp, wide: bool) -> String {
         let mut parts = vec![self.paint(DIM, &self.time(event.time, now))];
-        if wide {
+        if wide || self.node {
             parts.push(clean(&event.node).into_owned());
         }
         parts.push(self.outcome(event.outcome));

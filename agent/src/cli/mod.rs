@@ -7,17 +7,21 @@
 //! | [`telemetry`] | the program's own log |
 //! | [`agent`] | the node agent |
 //! | [`tail`] | the drop stream, with [`mod@format`] for how a line looks |
-//! | [`status`] | what an agent says of itself |
+//! | [`status`] | what agents say of themselves |
 //! | [`check`] | what this kernel allows |
 //! | [`explain`] | what NetworkPolicies say of a connection |
 //! | [`client`] | the local API as a client sees it |
+//! | [`cluster`] | all agents of a cluster |
+//! | [`printer`] | standard output, until nobody reads it |
 
 pub mod agent;
 pub mod check;
 pub mod client;
+pub mod cluster;
 pub mod config;
 pub mod explain;
 pub mod format;
+pub mod printer;
 pub mod sources;
 pub mod status;
 pub mod tail;

@@ -1,21 +1,22 @@
-//! `whydrop tail`: the drops of a running agent, as they happen or afterwards.
+//! `whydrop tail`: the drops of a running agent or of all agents of a cluster, as they happen or afterwards.
+//! Of a cluster's agents this runs in each pod; `cluster/` runs it there.
 
-use std::io::{self, IsTerminal as _, Write as _};
-use std::os::fd::AsFd;
+use std::io::{self, IsTerminal as _};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use http_body_util::BodyExt as _;
 use hyper::StatusCode;
 use jiff::Timestamp;
-use jiff::tz::TimeZone;
-use tokio::io::Interest;
-use tokio::net::unix::pipe;
+use tokio::time::Interval;
 
 use crate::cli::client::{self, ClientError};
-use crate::cli::config::{Color, Output, TailArgs};
-use crate::cli::format::{Format, TimeFormat};
+use crate::cli::cluster::kubeconfig::{Target, target};
+use crate::cli::cluster::lines::MAX_LINE_BYTES;
+use crate::cli::cluster::{Agents, follow};
+use crate::cli::config::TailArgs;
+use crate::cli::printer::{Printer, Stdout, Written, closed};
 use crate::output::query::{Query, Since};
 
 /// How many events a terminal begins with, as tail(1) does: an empty screen helps nobody.
@@ -26,10 +27,7 @@ const TERMINAL_LAST: usize = 10;
 const RETRY: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(100)..=Duration::from_secs(2);
 
-/// No line is longer, DNS name, policies and fixes included; what sends more is no agent.
-const MAX_LINE_BYTES: usize = 1 << 20;
-
-/// Prints until the agent's answer ends, or until the pipe behind stdout is closed.
+/// Prints until the agents' answers end, or until the pipe behind stdout is closed.
 ///
 /// # Errors
 /// If no agent answers, or stdout cannot be written.
@@ -40,34 +38,54 @@ pub fn run(args: TailArgs) -> anyhow::Result<ExitCode> {
     runtime.block_on(async {
         tokio::select! {
             result = tail(args) => result,
-            () = closed(io::stdout()) => Ok(()),
+            () = closed(io::stdout()) => Ok(ExitCode::SUCCESS),
         }
-    })?;
-    Ok(ExitCode::SUCCESS)
+    })
 }
 
-async fn tail(args: TailArgs) -> anyhow::Result<()> {
-    let terminal = io::stdout().is_terminal();
-    let mut query = Query {
+async fn tail(mut args: TailArgs) -> anyhow::Result<ExitCode> {
+    match target(&args.agents).await? {
+        Target::Local(socket) => {
+            local(args, &socket).await?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Target::Cluster(config) => {
+            let selection = std::mem::take(&mut args.selection.0);
+            let agents = Agents::new(*config, &args.agents, selection)?;
+            follow::tail(agents, args).await
+        }
+    }
+}
+
+/// The part of the stream that the flags ask for, everything selected.
+pub fn range(args: &TailArgs, terminal: bool) -> Query {
+    Query {
         follow: args.follow || (terminal && args.last.is_none()),
         last: match (args.last, args.since) {
             (None, None) if terminal => Some(TERMINAL_LAST),
             (last, _) => last,
         },
         since: args.since,
-        selection: args.selection.0,
+        ..Query::default()
+    }
+}
+
+async fn local(mut args: TailArgs, socket: &Path) -> anyhow::Result<()> {
+    let mut query = Query {
+        selection: std::mem::take(&mut args.selection.0),
+        ..range(&args, io::stdout().is_terminal())
     };
-    let mut printer = Printer::new(args.output, args.color, args.time_format);
+    let mut printer = LocalPrinter::new(&args);
     let mut connected = None;
     let mut pause = *RETRY.start();
     let mut away = false;
     loop {
         let target = format!("/v1/drops?{}", query.to_query_string());
-        let result = match client::get(&args.socket, &target).await {
+        let result = match client::get(socket, &target).await {
             Ok(answer) => {
                 connected.get_or_insert_with(Timestamp::now);
                 if away {
-                    eprintln!("whydrop: the agent on {} is back", args.socket.display());
+                    eprintln!("whydrop: the agent on {} is back", socket.display());
                 }
                 (away, pause) = (false, *RETRY.start());
                 printer.print(answer.into_body()).await
@@ -84,7 +102,7 @@ async fn tail(args: TailArgs) -> anyhow::Result<()> {
             }
             (_, Some(connected)) => {
                 if !away {
-                    let socket = args.socket.display();
+                    let socket = socket.display();
                     eprintln!("whydrop: the agent on {socket} went away; waiting for it");
                 }
                 away = true;
@@ -124,46 +142,38 @@ struct Seen {
     time: Timestamp,
 }
 
-struct Printer {
-    format: Format,
+/// Prints one agent's answers, and knows how far they came.
+struct LocalPrinter {
+    printer: Printer,
     /// The time of the latest event that was printed.
     seen: Option<Timestamp>,
-    /// A line that could not be read was told of.
-    told: bool,
+    heartbeat: Option<Duration>,
 }
 
-impl Printer {
-    fn new(output: Output, color: Color, time: Option<TimeFormat>) -> Self {
-        let color = match color {
-            Color::Always => true,
-            Color::Never => false,
-            Color::Auto => {
-                let unset = |name| std::env::var_os(name).is_none_or(|v| v.is_empty());
-                let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-                io::stdout().is_terminal() && unset("NO_COLOR") && !dumb
-            }
-        };
-        let default = match output {
-            Output::Wide => TimeFormat::Rfc3339,
-            _ => TimeFormat::Short,
-        };
-        let format = Format {
-            output,
-            color,
-            time: time.unwrap_or(default),
-            zone: TimeZone::system(),
-        };
+impl LocalPrinter {
+    fn new(args: &TailArgs) -> Self {
         Self {
-            format,
+            printer: Printer::new(args, false),
             seen: None,
-            told: false,
+            heartbeat: args.heartbeat,
         }
     }
 
     /// Prints the lines of an answer as they come, each chunk at once.
     async fn print(&mut self, mut body: hyper::body::Incoming) -> Result<(), End> {
+        let mut heartbeat = self.heartbeat.map(tokio::time::interval);
         let mut pending = Vec::new();
-        while let Some(frame) = body.frame().await {
+        loop {
+            let frame = tokio::select! {
+                frame = body.frame() => frame,
+                () = tick(&mut heartbeat) => {
+                    write("\n")?;
+                    continue;
+                }
+            };
+            let Some(frame) = frame else {
+                return Ok(());
+            };
             let frame = frame.map_err(|e| End::Agent(e.into()))?;
             let Ok(data) = frame.into_data() else {
                 continue;
@@ -179,75 +189,28 @@ impl Printer {
             };
             let rest = pending.split_off(end + 1);
             let lines = std::mem::replace(&mut pending, rest);
-            let text = self.text(&String::from_utf8_lossy(&lines));
-            match Stdout.write(text.as_bytes()).map_err(End::Other)? {
-                Written::All => {}
-                Written::Closed => return Err(End::Closed),
-            }
-        }
-        Ok(())
-    }
-
-    fn text(&mut self, lines: &str) -> String {
-        let now = Timestamp::now();
-        let mut text = String::new();
-        for line in lines.lines() {
-            match self.format.line(line, now) {
-                Ok(shown) => text += &shown,
-                Err(error) if !self.told => {
-                    self.told = true;
-                    eprintln!(
-                        "whydrop: the agent sent a line that this whydrop cannot read ({error}); \
-                         are both of the same version? Such lines are left out"
-                    );
+            let lines = String::from_utf8_lossy(&lines);
+            write(&self.printer.text(lines.lines()))?;
+            for line in lines.lines() {
+                if let Ok(event) = serde_json::from_str::<Seen>(line) {
+                    self.seen = self.seen.max(Some(event.time));
                 }
-                Err(_) => {}
-            }
-            if let Ok(event) = serde_json::from_str::<Seen>(line) {
-                self.seen = self.seen.max(Some(event.time));
             }
         }
-        text
     }
 }
 
-/// Standard output, written and flushed at once.
-pub struct Stdout;
-
-/// What became of a write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Written {
-    /// It was written.
-    All,
-    /// Nobody reads any more (`tail | head`): no error, and a reason to end.
-    Closed,
-}
-
-impl Stdout {
-    /// Writes all of it.
-    ///
-    /// # Errors
-    /// A full disk and the like, in one sentence.
-    pub fn write(&self, bytes: &[u8]) -> anyhow::Result<Written> {
-        let mut stdout = io::stdout().lock();
-        match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
-            Ok(()) => Ok(Written::All),
-            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(Written::Closed),
-            Err(e) => Err(e).context("could not write to standard output"),
-        }
+/// The first one is at once.
+async fn tick(heartbeat: &mut Option<Interval>) {
+    match heartbeat {
+        Some(heartbeat) => _ = heartbeat.tick().await,
+        None => std::future::pending().await,
     }
 }
 
-/// Returns when nobody reads the pipe or socket any more; for files, and terminals that stay,
-/// never. So `tail -f | head -1` ends at once, not with the next drop.
-async fn closed(output: impl AsFd) {
-    // A descriptor of its own, which is only waited on and never written: so the mode of the
-    // shared pipe stays as it is. A file cannot be waited on, and is never closed by a reader.
-    let output = output.as_fd().try_clone_to_owned();
-    if let Ok(pipe) = output.and_then(|fd| pipe::Sender::from_file_unchecked(fd.into()))
-        && pipe.ready(Interest::ERROR).await.is_ok()
-    {
-        return;
+fn write(text: &str) -> Result<(), End> {
+    match Stdout.write(text.as_bytes()).map_err(End::Other)? {
+        Written::All => Ok(()),
+        Written::Closed => Err(End::Closed),
     }
-    std::future::pending().await
 }

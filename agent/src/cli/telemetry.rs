@@ -11,7 +11,8 @@ pub fn start(verbose: u8, format: Option<LogFormat>, command: &Command) {
     let level = match (command, verbose) {
         (Command::Agent(_), 0) => "info",
         // What a person reads is on stdout; the log is for what goes wrong.
-        (_, 0) => "warn",
+        // Requests that fail are said by who made them.
+        (_, 0) => "warn,kube_client=off,kube_runtime=off",
         (_, 1) => "whydrop=debug,info",
         (_, 2) => "whydrop=trace,debug",
         (_, _) => "trace",

@@ -33,6 +33,7 @@ use kube::{Client, Config};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
+pub use self::health::causes;
 use self::health::{Failure, Health};
 use self::lookups::Lookups;
 use self::object::{Item, Step, Watches};
@@ -43,7 +44,6 @@ use crate::source::sys;
 use crate::state::State;
 
 mod health;
-pub(crate) use self::health::causes;
 pub mod lookups;
 mod object;
 mod pace;
@@ -195,7 +195,7 @@ pub async fn infer() -> Result<Config, String> {
     config.map_err(|error| {
         format!(
             "no configuration of a cluster: {}; set KUBECONFIG, or run as a pod with a ServiceAccount",
-            health::causes(&error)
+            causes(&error)
         )
     })
 }
@@ -301,7 +301,7 @@ impl Cluster {
         config.default_retry = false;
         let pace = Arc::new(Pace::default());
         let client = ClientBuilder::try_from(config)
-            .map_err(|error| format!("no client for {url}: {}", health::causes(&error)))?
+            .map_err(|error| format!("no client for {url}: {}", causes(&error)))?
             .with_layer(&PaceLayer(pace.clone()))
             .build();
         let version = tokio::time::timeout(VERSION_TIMEOUT, client.apiserver_version()).await;
@@ -312,7 +312,7 @@ impl Cluster {
                     VERSION_TIMEOUT.as_secs()
                 )
             })?
-            .map_err(|error| format!("{url} does not answer: {}", health::causes(&error)))?;
+            .map_err(|error| format!("{url} does not answer: {}", causes(&error)))?;
         // Some write `31+`.
         let minor = version
             .minor
@@ -569,7 +569,7 @@ impl Cluster {
             Ok(answer) => answer,
             Err(error) => {
                 totals.error.fetch_add(1, Ordering::Relaxed);
-                let why = health::causes(&error);
+                let why = causes(&error);
                 tracing::debug!(%ip, why, "the API server does not say who has an address");
                 return;
             }

@@ -237,3 +237,24 @@ proptest! {
         prop_assert_eq!(glob(&format!("{part}*"), &text), text.starts_with(&part));
     }
 }
+
+#[test]
+fn a_node_is_told_by_its_name_alone() {
+    for (query, expected) in [
+        (&[("port", "80")] as &[_], [true, true]),
+        (&[("node-name", "node-a")], [true, false]),
+        (
+            &[("node-name", "node-a"), ("node-name", "*-b")],
+            [true, true],
+        ),
+        (&[("not.node-name", "node-a")], [false, true]),
+        (
+            &[("node-name", "node-*"), ("not.node-name", "*-b")],
+            [true, false],
+        ),
+    ] {
+        let selection = Selection::from_query(query.iter().copied()).unwrap();
+        let found = ["node-a", "node-b"].map(|node| selection.may_be_on(node));
+        assert_eq!(found, expected, "{query:?}");
+    }
+}

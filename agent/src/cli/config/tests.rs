@@ -1,4 +1,5 @@
 use super::*;
+use crate::selection::Selection;
 
 fn cli(line: &str) -> Result<Cli, clap::Error> {
     parse(line.split_whitespace().map(OsString::from))
@@ -136,8 +137,9 @@ fn every_flag_has_its_variable() {
                 continue;
             }
             let name = arg.get_long().unwrap();
-            // Means nothing without the flag behind it.
-            if name == "not" {
+            // Means nothing without the flag behind it; and the variable is that of another flag.
+            let is_kubectls = arg.get_id() == "cluster" && command.get_name() != "agent";
+            if name == "not" || is_kubectls {
                 continue;
             }
             let variable = format!("WHYDROP_{}", name.replace('-', "_").to_uppercase());

@@ -9,6 +9,7 @@ fn format(output: Output) -> Format {
         color: false,
         time: TimeFormat::Short,
         zone: TimeZone::UTC,
+        node: false,
     }
 }
 
@@ -35,6 +36,16 @@ fn compact_is_one_line_and_the_explanation() {
          ↳ ingress to db/pg-0 is isolated by db/default-deny; no rule admits namespace shop: it \
          lacks the label team=shop\n"
     );
+}
+
+#[test]
+fn lines_of_many_nodes_name_theirs() {
+    let format = Format {
+        node: true,
+        ..format(Output::Compact)
+    };
+    let text = show(&format, Line::Event(event()));
+    assert!(text.starts_with("12:03:10.512  node-a  DROPPED "), "{text}");
 }
 
 #[test]

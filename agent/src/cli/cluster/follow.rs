@@ -1,0 +1,324 @@
+//! `whydrop tail` over all agents of a cluster.
+
+use std::collections::HashMap;
+use std::io::{self, IsTerminal as _};
+use std::pin::pin;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use futures_util::StreamExt as _;
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+use tokio::time::{Duration, Instant};
+
+use super::Agents;
+use super::agents::{Agent, Change};
+use super::arguments::Part;
+use super::history;
+use super::merge::{Item, REORDERED, Reorder, WINDOW};
+use super::node::{self, Begin, NodeLines, Update};
+use crate::cli::config::TailArgs;
+use crate::cli::format::clean;
+use crate::cli::printer::{Printer, Stdout, Written};
+use crate::cli::tail::range;
+use crate::output::query::Since;
+
+/// Pieces of lines, of 16 KiB each, between the nodes and the output. When they wait, the nodes' connections
+/// are not read.
+const UPDATES: usize = 64;
+/// How long a node may keep what comes from being followed, while it is asked for what was before.
+const HISTORY: Duration = Duration::from_secs(5);
+/// Lines that are written in one step.
+const WRITTEN: usize = 1024;
+
+/// Prints what the agents have, and with `--follow` what comes.
+///
+/// # Errors
+/// If nothing can be asked, or stdout cannot be written.
+pub async fn tail(agents: Agents, args: TailArgs) -> anyhow::Result<ExitCode> {
+    let began = Instant::now();
+    let agents = Arc::new(agents);
+    let range = range(&args, io::stdout().is_terminal());
+    let mut output = Output {
+        printer: Printer::new(&args, true),
+    };
+    let all = agents.list().await?;
+    let part = Part {
+        heartbeat: None,
+        last: range.last,
+        since: range.since,
+    };
+    let begins_now = range.last.unwrap_or(0) == 0 && range.since.is_none();
+    let mut read = HashMap::new();
+    if !range.follow || !begins_now {
+        let patience = match range.follow {
+            true => agents.timeout.min(HISTORY),
+            false => agents.timeout,
+        };
+        let history = history::collect(&agents, &all, part, patience).await?;
+        if output.write(history.items).await? == Written::Closed {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if !range.follow {
+            for (agent, error) in &history.failures {
+                eprintln!("whydrop: the agent on {}: {error}", name(agent));
+            }
+            return Ok(match history.failures.is_empty() {
+                true => ExitCode::SUCCESS,
+                false => ExitCode::FAILURE,
+            });
+        }
+        read = history.read;
+    }
+    let begin = match (begins_now, range.since) {
+        (true, _) => Begin::Now,
+        (false, Some(since)) => Begin::Since(since),
+        // Nobody has the last ones any more who did not have them at first.
+        (false, None) => Begin::At(began),
+    };
+    let (updates, mut updated) = mpsc::channel(UPDATES);
+    let mut following = Following {
+        agents: agents.clone(),
+        began,
+        updates,
+        followed: HashMap::new(),
+        was_connected: false,
+    };
+    for agent in all {
+        let (lines, begin) = match (read.remove(&agent.uid), begin) {
+            // Who answered and had nothing has nothing of before: whatever it has later is new.
+            (Some((lines, true)), Begin::At(_)) => {
+                let ever = Since::At(Timestamp::UNIX_EPOCH);
+                (Some(lines), Begin::Since(ever))
+            }
+            (lines, begin) => (lines.map(|(lines, _)| lines), begin),
+        };
+        following.begin(agent, lines, begin);
+    }
+    let mut watch = pin!(agents.watch());
+    let mut watch_said = None;
+    let mut reorder = Reorder::new(REORDERED);
+    let mut out = Vec::new();
+    loop {
+        let window = following.window();
+        let due = reorder.next_due(window);
+        tokio::select! {
+            Some(change) = watch.next() => match change {
+                Ok(change) => {
+                    watch_said = None;
+                    following.change(change);
+                }
+                Err(error) => {
+                    let error = error.to_string();
+                    if watch_said.as_ref() != Some(&error) {
+                        eprintln!("whydrop: {error}; agents that come or go are not noticed");
+                    }
+                    watch_said = Some(error);
+                }
+            },
+            Some((uid, update)) = updated.recv() => {
+                for item in following.update(&uid, update)? {
+                    reorder.push(item, Instant::now(), &mut out);
+                }
+            }
+            () = until(due) => {}
+        }
+        reorder.pop_due(Instant::now(), window, &mut out);
+        if output.write(std::mem::take(&mut out)).await? == Written::Closed {
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// How an agent is called.
+pub fn name(agent: &Agent) -> String {
+    match &*agent.node {
+        "" => format!("no node yet (pod {})", clean(&agent.pod)),
+        node => clean(node).into_owned(),
+    }
+}
+
+struct Output {
+    printer: Printer,
+}
+
+impl Output {
+    /// Writes on a thread of its own, so that a slow reader does not keep this one from what the
+    /// connections need. Nothing else is taken in meanwhile.
+    async fn write(&mut self, items: Vec<Item>) -> anyhow::Result<Written> {
+        for items in items.chunks(WRITTEN) {
+            let text = self.printer.text(items.iter().map(|item| &*item.line));
+            let written = tokio::task::spawn_blocking(move || Stdout.write(text.as_bytes()));
+            match written.await.context("writing was broken off")?? {
+                Written::All => {}
+                Written::Closed => return Ok(Written::Closed),
+            }
+        }
+        Ok(Written::All)
+    }
+}
+
+/// One agent that is followed.
+struct Followed {
+    agent: Agent,
+    task: AbortHandle,
+    state: State,
+    /// Its pod is being deleted, or is gone: when it breaks off, it is forgotten.
+    is_leaving: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// It did not answer yet.
+    New,
+    /// It came later than the others.
+    Joined,
+    Connected,
+    /// Told of.
+    Away,
+}
+
+struct Following {
+    agents: Arc<Agents>,
+    began: Instant,
+    updates: mpsc::Sender<(String, Update)>,
+    /// By the pod's UID.
+    followed: HashMap<String, Followed>,
+    was_connected: bool,
+}
+
+impl Following {
+    /// One node has nobody to wait for.
+    fn window(&self) -> Duration {
+        if self.followed.len() > 1 {
+            WINDOW
+        } else {
+            Duration::ZERO
+        }
+    }
+
+    fn begin(&mut self, agent: Agent, lines: Option<NodeLines>, begin: Begin) {
+        if let Some(problem) = &agent.problem {
+            if !agent.is_leaving {
+                let name = name(&agent);
+                eprintln!("whydrop: the agent on {name}: {problem}; it is followed once it runs");
+            }
+            return;
+        }
+        self.spawn(agent, lines, begin, State::New);
+    }
+
+    fn spawn(&mut self, agent: Agent, lines: Option<NodeLines>, begin: Begin, state: State) {
+        let lines = lines.unwrap_or_else(|| NodeLines::new(&agent.node));
+        let (agents, updates) = (self.agents.clone(), self.updates.clone());
+        let task = tokio::spawn(node::follow(agents, agent.clone(), lines, begin, updates));
+        let followed = Followed {
+            task: task.abort_handle(),
+            state,
+            is_leaving: false,
+            agent,
+        };
+        self.followed.insert(followed.agent.uid.clone(), followed);
+    }
+
+    /// Agents came, changed or went.
+    fn change(&mut self, change: Change) {
+        match change {
+            Change::All(all) => {
+                let gone: Vec<_> = self
+                    .followed
+                    .keys()
+                    .filter(|uid| all.iter().all(|agent| agent.uid != **uid))
+                    .cloned()
+                    .collect();
+                gone.iter().for_each(|uid| self.leave(uid));
+                all.into_iter().for_each(|agent| self.changed(agent));
+            }
+            Change::Changed(agent) => self.changed(agent),
+            Change::Gone(uid) => self.leave(&uid),
+        }
+    }
+
+    fn changed(&mut self, agent: Agent) {
+        let is_known = self.followed.contains_key(&agent.uid);
+        if is_known && agent.problem.is_some() {
+            self.leave(&agent.uid);
+        }
+        if !is_known && agent.problem.is_none() {
+            self.spawn(agent, None, Begin::At(self.began), State::Joined);
+        }
+    }
+
+    /// A pod goes away. What its agent still says is read, until it breaks off.
+    fn leave(&mut self, uid: &str) {
+        let Some(followed) = self.followed.get_mut(uid) else {
+            return;
+        };
+        followed.is_leaving = true;
+        if followed.state != State::Connected {
+            followed.task.abort();
+            self.followed.remove(uid);
+        }
+    }
+
+    /// What a node says: its lines, which are to be shown.
+    fn update(&mut self, uid: &str, update: Update) -> anyhow::Result<Vec<Item>> {
+        let Some(followed) = self.followed.get_mut(uid) else {
+            // It was forgotten a moment ago.
+            return Ok(match update {
+                Update::Items(items) => items,
+                Update::Connected | Update::Away(_) => Vec::new(),
+            });
+        };
+        let name = name(&followed.agent);
+        match update {
+            Update::Items(items) => return Ok(items),
+            Update::Connected => {
+                match followed.state {
+                    State::Away => eprintln!("whydrop: the agent on {name} is back"),
+                    State::Joined => eprintln!("whydrop: the agent on {name} is followed too"),
+                    State::New | State::Connected => {}
+                }
+                followed.state = State::Connected;
+                self.was_connected = true;
+            }
+            Update::Away(error) if error.is_refused() && !self.was_connected => {
+                return Err(error.into());
+            }
+            Update::Away(_) if followed.is_leaving => {
+                eprintln!("whydrop: the agent on {name} went away: its pod is being deleted");
+                followed.task.abort();
+                self.followed.remove(uid);
+            }
+            Update::Away(error) => {
+                match followed.state {
+                    State::Away => {}
+                    _ if error.is_final() => {
+                        eprintln!("whydrop: the agent on {name} is left out: {error}");
+                    }
+                    State::Connected => {
+                        eprintln!(
+                            "whydrop: the agent on {name} went away ({error}); waiting for it"
+                        );
+                    }
+                    State::New | State::Joined => {
+                        eprintln!(
+                            "whydrop: the agent on {name} does not answer ({error}); waiting for it"
+                        );
+                    }
+                }
+                followed.state = State::Away;
+            }
+        }
+        Ok(Vec::new())
+    }
+}

@@ -1,0 +1,200 @@
+//! `whydrop tail` and `whydrop status` over all agents of a scripted cluster. In its pods runs the real
+//! `whydrop`, asked of a real local API, wherever a script is not the point.
+
+use std::os::unix::process::CommandExt as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::support::cluster::{Cluster, agent, line, output, program, publish, says};
+use crate::support::{Tail, until};
+
+mod support;
+
+#[test]
+fn what_all_nodes_keep_is_one_sequence() {
+    let cluster = Cluster::start();
+    let (a, b) = (agent(&cluster, "node-a"), agent(&cluster, "node-b"));
+    publish(&a, [1, 4, 5, 8]);
+    publish(&b, [2, 3, 6, 7]);
+    for (flags, expected) in [
+        ("", &[1u64, 2, 3, 4, 5, 6, 7, 8] as &[u64]),
+        ("--last 3", &[6, 7, 8]),
+        ("--since 1970-01-01T00:00:05Z", &[5, 6, 7, 8]),
+        ("--node-name node-b", &[2, 3, 6, 7]),
+        ("--not --node-name *-b --last 2", &[5, 8]),
+        ("-n other", &[]),
+    ] {
+        let mut tail = cluster.tail(flags);
+        assert_eq!(tail.packets(expected.len()), expected, "{flags}");
+        assert_eq!(tail.wait().code(), Some(0), "{flags}");
+        assert_eq!(tail.stderr(), "");
+    }
+    // The selection is made on the node, and one that is not selected is not asked.
+    let (asked_a, asked_b) = (cluster.execs("node-a"), cluster.execs("node-b"));
+    assert_eq!((asked_a.len(), asked_b.len()), (5, 5));
+    assert!(
+        asked_a[4].contains(&"--namespace=other".to_owned()),
+        "{asked_a:?}"
+    );
+    // For people the node is named.
+    let (text, _) = output(cluster.command("tail --last 1"));
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(text.contains("  node-a  DROPPED "), "{text}");
+}
+
+#[test]
+fn what_comes_is_sorted_within_a_second() {
+    let cluster = Cluster::start();
+    let (a, b) = (agent(&cluster, "node-a"), agent(&cluster, "node-b"));
+    publish(&a, [1]);
+    let mut tail = cluster.tail("-f");
+    a.wait_for_readers(1);
+    b.wait_for_readers(1);
+    let begin = Instant::now();
+    publish(&a, [20]);
+    publish(&b, [10]);
+    publish(&a, [30]);
+    assert_eq!(tail.packets(3), [10, 20, 30]);
+    // Not the moment that they came: they wait for one another, and no longer than a second.
+    assert!(begin.elapsed() >= Duration::from_millis(900));
+    for second in 40..45 {
+        publish(if second % 2 == 0 { &a } else { &b }, [second]);
+    }
+    assert_eq!(tail.packets(5), [40, 41, 42, 43, 44]);
+    drop(tail);
+    // The whydrops in the pods end with it.
+    a.wait_for_readers(0);
+    b.wait_for_readers(0);
+}
+
+#[test]
+fn a_node_that_breaks_off_goes_on_where_it_was() {
+    let cluster = Cluster::start();
+    let (a, b) = (agent(&cluster, "node-a"), agent(&cluster, "node-b"));
+    publish(&a, [1, 2]);
+    publish(&b, [3]);
+    let mut tail = cluster.tail("-f --last 2");
+    assert_eq!(tail.packets(2), [2, 3]);
+    a.wait_for_readers(1);
+    publish(&a, [5]);
+    assert_eq!(tail.packets(1), [5]);
+    cluster.refuse("exec", 500);
+    cluster.cut("node-a");
+    a.wait_for_readers(0);
+    // One of them with a time from before the break: its name was awaited.
+    publish(&a, [6, 4]);
+    publish(&b, [7]);
+    assert_eq!(tail.packets(1), [7]);
+    cluster.refuse("exec", 200);
+    a.wait_for_readers(1);
+    assert_eq!(tail.packets(2), [4, 6]);
+    publish(&a, [8]);
+    assert_eq!(tail.packets(1), [8]);
+    tail.child.kill().unwrap();
+    let told = tail.stderr();
+    assert_eq!(
+        told.matches("the agent on node-a went away").count(),
+        1,
+        "{told}"
+    );
+    assert_eq!(
+        told.matches("the agent on node-a is back").count(),
+        1,
+        "{told}"
+    );
+    assert_eq!(told.lines().count(), 2, "{told}");
+}
+
+#[test]
+fn what_came_before_a_history_broke_off_is_not_shown_again() {
+    let cluster = Cluster::start();
+    let asked = Arc::new(AtomicU64::new(0));
+    cluster.add(
+        "node-a",
+        program(move |mut session| {
+            let times = asked.fetch_add(1, Ordering::Relaxed);
+            async move {
+                session.stdout(&line("node-a", 1)).await;
+                if times > 0 {
+                    let rest = line("node-a", 2) + &line("node-a", 3);
+                    session.stdout(&rest).await;
+                    session.gone().await;
+                }
+            }
+        }),
+    );
+    let mut tail = cluster.tail("-f --since 1970-01-01T00:00:01Z");
+    assert_eq!(tail.packets(3), [1, 2, 3]);
+}
+
+#[test]
+fn agents_that_come_are_followed_and_those_that_go_are_forgotten() {
+    let cluster = Cluster::start();
+    let a = agent(&cluster, "node-a");
+    cluster.add_in_phase("node-c", "Pending", says(String::new()));
+    let mut tail = cluster.tail("-f");
+    a.wait_for_readers(1);
+    let b = agent(&cluster, "node-b");
+    b.wait_for_readers(1);
+    publish(&b, [1]);
+    assert_eq!(tail.packets(1), [1]);
+    let c = agent(&cluster, "node-c");
+    c.wait_for_readers(1);
+    publish(&c, [2]);
+    assert_eq!(tail.packets(1), [2]);
+    cluster.delete("node-b");
+    b.wait_for_readers(0);
+    publish(&a, [3]);
+    assert_eq!(tail.packets(1), [3]);
+    // It is not tried again.
+    let execs = cluster.execs("node-b").len();
+    cluster.cut("node-a");
+    until("node-a to be tried again", || {
+        cluster.execs("node-a").len() == 2
+    });
+    assert_eq!(cluster.execs("node-b").len(), execs);
+    tail.child.kill().unwrap();
+    let told = tail.stderr();
+    for sentence in [
+        "the agent on node-c: its pod is Pending; it is followed once it runs",
+        "the agent on node-b is followed too",
+        "the agent on node-c is followed too",
+        "the agent on node-b went away: its pod is being deleted",
+    ] {
+        assert_eq!(told.matches(sentence).count(), 1, "{sentence}: {told}");
+    }
+}
+
+#[test]
+fn status_of_a_cluster_that_is_well_ends_with_0() {
+    let cluster = Cluster::start();
+    let _agents = ["node-a", "node-b"].map(|node| agent(&cluster, node));
+    let (status, told) = output(cluster.command("status"));
+    assert_eq!((status.status.code(), &*told), (Some(0), ""));
+    let table = String::from_utf8(status.stdout).unwrap();
+    assert!(table.starts_with("NODE    VERSION"), "{table}");
+    assert_eq!(table.lines().count(), 3, "{table}");
+}
+
+#[test]
+fn as_kubectls_plugin_it_takes_kubectls_flags() {
+    let cluster = Cluster::start();
+    let a = agent(&cluster, "node-a");
+    publish(&a, [1]);
+    let elsewhere = cluster.home.path().join("elsewhere");
+    std::fs::rename(cluster.home.path().join(".kube/config"), &elsewhere).unwrap();
+    let mut command =
+        cluster.command("tail -o json --context c --request-timeout 10s --kubeconfig");
+    command
+        .arg0("/usr/local/bin/kubectl-whydrop")
+        .arg(&elsewhere);
+    let mut tail = Tail::start(command);
+    assert_eq!(tail.packets(1), [1]);
+    assert_eq!(tail.wait().code(), Some(0));
+    let mut command = cluster.command("tail --no-such-flag");
+    command.arg0("kubectl-whydrop");
+    let (wrong, told) = output(command);
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(told.contains("Usage: kubectl whydrop tail"), "{told}");
+}
