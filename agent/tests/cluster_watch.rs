@@ -8,13 +8,10 @@ use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
 use axum::extract::State as Extract;
-use axum::http::{Request, StatusCode};
+use axum::http::Request;
 use axum::response::{IntoResponse as _, Response};
 use axum::{Json, Router};
 use futures_util::stream::{self, StreamExt as _};
-use hyper::server::conn::http1;
-use hyper_util::rt::TokioIo;
-use hyper_util::service::TowerToHyperService;
 use jiff::Timestamp;
 use kube::Config;
 use serde_json::{Value, json};
@@ -24,6 +21,10 @@ use whydrop::cluster::watch::{self, Reach, Times};
 use whydrop::record::{Detail, Record};
 use whydrop::senders::Senders;
 use whydrop::state::State;
+
+use crate::support::api::{accept, error};
+
+mod support;
 
 /// Nothing here takes this long, on any machine.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -109,16 +110,6 @@ async fn serve(script: Extract<Arc<Script>>, request: Request<Body>) -> Response
     .await
 }
 
-/// Serves each connection until the test ends.
-async fn accept(listener: tokio::net::TcpListener, app: Router) {
-    let mut connections = tokio::task::JoinSet::new();
-    while let Ok((stream, _)) = listener.accept().await {
-        let service = TowerToHyperService::new(app.clone());
-        let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
-        connections.spawn(async move { drop(connection.await) });
-    }
-}
-
 async fn answer(reply: Reply) -> Response {
     match reply {
         Error(code) => error(code),
@@ -135,12 +126,6 @@ async fn answer(reply: Reply) -> Response {
             Box::pin(answer(*reply)).await
         }
     }
-}
-
-fn error(code: u16) -> Response {
-    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code,
-        "message": "scripted", "reason": "Scripted"});
-    (StatusCode::from_u16(code).unwrap(), Json(status)).into_response()
 }
 
 fn list(items: &[Value], version: &str, more: Option<&str>) -> Reply {

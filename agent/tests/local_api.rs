@@ -1,218 +1,22 @@
 //! The real servers over a real unix socket, and the real `whydrop tail` as their reader.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::SocketAddr;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use tokio::sync::watch;
 use whydrop::event::{Event, Line, LostStage};
 use whydrop::output::http::{self, OPENMETRICS};
 use whydrop::output::socket::LocalSocket;
 use whydrop::output::stream::MAX_READERS;
-use whydrop::record::{Detail, Record};
-use whydrop::senders::Senders;
-use whydrop::state::State;
 
-/// Nothing here takes this long, on any machine.
-const DEADLINE: Duration = Duration::from_secs(20);
+use crate::support::{Agent, DEADLINE, Tail, event, status};
 
-/// An agent without a kernel: its servers, and a state to publish to.
-struct Agent {
-    state: Arc<State>,
-    dir: tempfile::TempDir,
-    metrics: SocketAddr,
-    stop: watch::Sender<bool>,
-    servers: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Agent {
-    fn start() -> Self {
-        Self::start_in(tempfile::tempdir().unwrap())
-    }
-
-    fn start_in(dir: tempfile::TempDir) -> Self {
-        let record = Record::new(Detail::Pod, 100, DEADLINE);
-        let senders = Senders::new(Detail::Pod, 100, Duration::from_secs(60));
-        let state = Arc::new(State::new("node-a".into(), record, senders));
-        let (stop, stopped) = watch::channel(false);
-        let (ready, started) = std::sync::mpsc::channel();
-        let path = dir.path().join("agent.sock");
-        let served = Arc::clone(&state);
-        let servers = std::thread::spawn(move || {
-            let mut runtime = tokio::runtime::Builder::new_current_thread();
-            runtime.enable_all().build().unwrap().block_on(async {
-                let tcp = http::listen("127.0.0.1:0".parse().unwrap()).await.unwrap();
-                let socket = LocalSocket::bind(&path).unwrap();
-                ready.send(tcp.local_addr().unwrap()).unwrap();
-                tokio::join!(
-                    http::serve_metrics(tcp, Arc::clone(&served), stopped.clone()),
-                    http::serve_local(socket, served, stopped),
-                );
-            });
-        });
-        Self {
-            state,
-            dir,
-            metrics: started.recv_timeout(DEADLINE).unwrap(),
-            stop,
-            servers: Some(servers),
-        }
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("agent.sock")
-    }
-
-    /// Publishes events of so many packets each.
-    fn publish(&self, packets: impl IntoIterator<Item = u64>) {
-        for packets in packets {
-            let event = Event { packets, ..event() };
-            self.state.stream.publish(Arc::new(Line::Event(event)));
-        }
-    }
-
-    fn tail(&self, flags: &str) -> Tail {
-        let socket = self.socket();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_whydrop"));
-        command
-            .args(["tail", "-o", "json", "--socket"])
-            .arg(socket)
-            .args(flags.split_whitespace());
-        Tail::start(command)
-    }
-
-    fn wait_for_readers(&self, readers: usize) {
-        until(&format!("{readers} readers"), || {
-            self.state.stream.readers() == readers
-        });
-    }
-
-    /// Sends one request over the socket; the answer's body can be read, or left.
-    fn ask(&self, target: &str) -> UnixStream {
-        let mut stream = UnixStream::connect(self.socket()).unwrap();
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        write!(stream, "GET {target} HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
-        stream
-    }
-
-    /// Status and body of an answer that ends.
-    fn get(&self, target: &str) -> (u16, String) {
-        let (head, body) = answer(self.ask(target));
-        (status(&head), body)
-    }
-
-    fn scrape(&self, path: &str) -> (String, String) {
-        let mut stream = std::net::TcpStream::connect(self.metrics).unwrap();
-        stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
-        answer(stream)
-    }
-
-    /// Ends the servers, as SIGTERM does, and says how long that took.
-    fn end(&mut self) -> Duration {
-        let begin = Instant::now();
-        self.stop.send_replace(true);
-        if let Some(servers) = self.servers.take() {
-            servers.join().unwrap();
-        }
-        begin.elapsed()
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        if !std::thread::panicking() {
-            self.end();
-        }
-    }
-}
-
-/// A running `whydrop tail`; killed at the end.
-struct Tail {
-    child: Child,
-    lines: BufReader<std::process::ChildStdout>,
-}
-
-impl Tail {
-    fn start(mut command: Command) -> Self {
-        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("WHYDROP_")) {
-            command.env_remove(name);
-        }
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap());
-        Self { child, lines }
-    }
-
-    fn line(&mut self) -> Line {
-        let mut line = String::new();
-        self.lines.read_line(&mut line).unwrap();
-        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}"))
-    }
-
-    /// Packets of the next events, one by one.
-    fn packets(&mut self, lines: usize) -> Vec<u64> {
-        (0..lines)
-            .map(|_| match self.line() {
-                Line::Event(event) => event.packets,
-                Line::Lost(lost) => panic!("{lost:?}"),
-            })
-            .collect()
-    }
-
-    fn wait(&mut self) -> ExitStatus {
-        let mut status = None;
-        until("tail to end", || {
-            status = self.child.try_wait().unwrap();
-            status.is_some()
-        });
-        status.unwrap()
-    }
-
-    fn stderr(&mut self) -> String {
-        let mut text = String::new();
-        let mut stderr = self.child.stderr.take().unwrap();
-        stderr.read_to_string(&mut text).unwrap();
-        text
-    }
-}
-
-impl Drop for Tail {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn event() -> Event {
-    serde_json::from_str(include_str!("fixtures/event.json")).unwrap()
-}
-
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let begin = Instant::now();
-    while !done() {
-        assert!(begin.elapsed() < DEADLINE, "waited for {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn answer(mut stream: impl std::io::Read) -> (String, String) {
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap();
-    (head.to_lowercase(), body.to_owned())
-}
-
-fn status(head: &str) -> u16 {
-    head.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
+mod support;
 
 #[test]
 fn two_tails_get_every_line_as_it_comes() {

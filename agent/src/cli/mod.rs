@@ -10,12 +10,14 @@
 //! | [`status`] | what an agent says of itself |
 //! | [`check`] | what this kernel allows |
 //! | [`explain`] | what NetworkPolicies say of a connection |
+//! | [`connections`] | the connections of an agent's node |
 //! | [`client`] | the local API as a client sees it |
 
 pub mod agent;
 pub mod check;
 pub mod client;
 pub mod config;
+pub mod connections;
 pub mod explain;
 pub mod format;
 pub mod sources;

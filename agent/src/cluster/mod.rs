@@ -7,6 +7,7 @@
 //! | [`document`] | all objects of one file's text |
 //! | [`files`] | `--objects`: reading files and folders, and noticing that they changed |
 //! | [`watch`] | `--cluster`: the API server's objects, kept up to date |
+//! | [`mod@list`] | the API server's objects, read once |
 //! | [`claims`] | who held something, from when to when |
 //! | [`ranges`] | the nodes' pod ranges |
 //! | [`uid`] | pods by UID, as objects and cgroups write it |
@@ -18,6 +19,7 @@ pub mod files;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod index;
+pub mod list;
 pub mod objects;
 pub mod parse;
 pub mod ranges;
