@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::cluster::Index;
-use crate::event::{Endpoint, EndpointKind, Outcome, Protocol, Workload};
+use crate::event::{Endpoint, EndpointKind, Outcome, Protocol};
 use crate::record::{self, Pair, Series};
 use crate::source::conntrack::Connected;
 
@@ -155,10 +155,6 @@ pub fn of_series(series: &Series, count: u64, node: &Arc<str>) -> Option<Connect
             pod: end.pod.clone(),
             node: end.node.clone(),
             host_network: end.kind == Some(EndpointKind::Node),
-            workload: end.workload.clone().map(|name| Workload {
-                kind: "".into(),
-                name,
-            }),
             ..Endpoint::default()
         })
     };

@@ -82,11 +82,18 @@ pub struct Wanted {
     ports: Vec<u16>,
 }
 
+/// A pod as events and series name it.
+#[derive(Debug)]
+struct NamedPod {
+    namespace: Arc<str>,
+    name: Arc<str>,
+    workload: Option<Arc<str>>,
+}
+
 /// One end, by all that may name it.
 #[derive(Debug)]
 struct Named {
-    /// Namespace, pod and workload.
-    pod: Option<(Arc<str>, Arc<str>, Option<Arc<str>>)>,
+    pod: Option<NamedPod>,
     node: Option<Arc<str>>,
     ips: Vec<IpAddr>,
 }
@@ -98,9 +105,12 @@ impl Named {
             Who::Pod(id) => {
                 let pod = world.pod(id);
                 ips.extend(pod.ips.iter().filter(|_| !pod.host_network));
-                let workload = pod.workload.as_ref().map(|w| w.name.clone());
-                let name = (pod.key.namespace.clone(), pod.key.name.clone(), workload);
-                (Some(name), None)
+                let named = NamedPod {
+                    namespace: pod.key.namespace.clone(),
+                    name: pod.key.name.clone(),
+                    workload: pod.workload.as_ref().map(|w| w.name.clone()),
+                };
+                (Some(named), None)
             }
             Who::Node(id) => (None, Some(world.node(id).key.name.clone())),
             Who::Outside => (None, None),
@@ -110,8 +120,8 @@ impl Named {
 
     fn is_at(&self, end: &Endpoint) -> bool {
         match (&self.pod, &end.pod) {
-            (Some((namespace, pod, _)), Some(name)) => {
-                Some(namespace) == end.namespace.as_ref() && pod == name
+            (Some(pod), Some(name)) => {
+                Some(&pod.namespace) == end.namespace.as_ref() && pod.name == *name
             }
             (None, Some(_)) => false,
             (_, None) => end.ip.is_some_and(|ip| self.ips.contains(&ip)),
@@ -120,11 +130,11 @@ impl Named {
 
     fn is_in_series(&self, end: &record::End, detail: Detail) -> bool {
         match &self.pod {
-            Some((namespace, pod, workload)) => {
-                end.namespace.as_ref() == Some(namespace)
+            Some(pod) => {
+                end.namespace.as_ref() == Some(&pod.namespace)
                     && match detail {
-                        Detail::Pod => end.pod.as_ref() == Some(pod),
-                        Detail::Workload => end.workload == *workload,
+                        Detail::Pod => end.pod.as_ref() == Some(&pod.name),
+                        Detail::Workload => end.workload == pod.workload,
                         Detail::Namespace => true,
                     }
             }

@@ -22,6 +22,7 @@ use whydrop::senders::Senders;
 use whydrop::state::State;
 
 pub mod api;
+pub mod command;
 
 /// Nothing here takes this long, on any machine.
 pub const DEADLINE: Duration = Duration::from_secs(20);
@@ -199,7 +200,7 @@ impl Drop for Tail {
 }
 
 pub fn event() -> Event {
-    serde_json::from_str(include_str!("fixtures/event.json")).unwrap()
+    serde_json::from_str(include_str!("../fixtures/event.json")).unwrap()
 }
 
 pub fn until(what: &str, mut done: impl FnMut() -> bool) {
