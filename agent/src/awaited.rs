@@ -76,6 +76,11 @@ impl Awaited {
         self.follows.load(Ordering::Relaxed)
     }
 
+    /// Whether pods of other nodes are asked for one by one.
+    pub fn asks(&self) -> bool {
+        self.asks.load(Ordering::Relaxed)
+    }
+
     /// Who answers questions; once.
     pub fn answer_by(&self, questions: mpsc::Sender<IpAddr>) {
         // Set by the one thread that follows the cluster.

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::event::{
@@ -25,11 +25,8 @@ use self::episode::Episodes;
 
 pub mod denials;
 mod episode;
+pub mod worlds;
 
-/// Between two looks at the objects.
-const APART: Duration = Duration::from_secs(1);
-/// A look that took long is followed by so many times as long without one.
-const IDLE_SHARE: u32 = 20;
 /// Flows whose explanation is remembered; past it all are forgotten. Some 2 kB each.
 const KNOWN: usize = 4_096;
 /// How long one is remembered: whether something is transient depends on when.
@@ -78,18 +75,11 @@ enum Name {
     Address(Option<IpAddr>),
 }
 
-/// The objects as they were.
-struct Seen {
-    revision: u64,
-    world: Arc<World>,
-    at: Instant,
-    took: Duration,
-}
-
 /// Explains the drops of one node.
 pub struct Explainer {
     state: Arc<State>,
-    seen: Option<Seen>,
+    /// The objects of which `known` is.
+    seen: Weak<World>,
     known: HashMap<Question, (Instant, Option<Arc<Explanation>>)>,
     episodes: Episodes,
     /// Since when the budget is spent, and how much of it.
@@ -103,7 +93,7 @@ impl Explainer {
     pub fn new(state: Arc<State>) -> Self {
         Self {
             state,
-            seen: None,
+            seen: Weak::new(),
             known: HashMap::new(),
             episodes: Episodes::default(),
             spent: (Instant::now(), Duration::ZERO),
@@ -173,26 +163,16 @@ impl Explainer {
     fn world(&mut self, now: Instant) -> Option<Arc<World>> {
         let index = self.state.index();
         if !index.has_policies() {
-            (self.seen, self.known) = (None, HashMap::new());
+            (self.seen, self.known) = (Weak::new(), HashMap::new());
+            self.state.worlds.forget_unused(now);
             return None;
         }
-        let revision = index.revision();
-        let is_current = self.seen.as_ref().is_some_and(|seen| {
-            let apart = APART.max(seen.took * IDLE_SHARE);
-            seen.revision == revision || now.duration_since(seen.at) < apart
-        });
-        if !is_current {
-            let started = Instant::now();
-            let world = Arc::new(World::new(index.objects()));
+        let (world, _) = self.state.worlds.latest(&index, now);
+        if !std::ptr::eq(self.seen.as_ptr(), Arc::as_ptr(&world)) {
             self.known.clear();
-            self.seen = Some(Seen {
-                revision,
-                world,
-                at: now,
-                took: started.elapsed(),
-            });
+            self.seen = Arc::downgrade(&world);
         }
-        self.seen.as_ref().map(|seen| seen.world.clone())
+        Some(world)
     }
 }
 

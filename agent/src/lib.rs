@@ -10,6 +10,8 @@
 //! | [`mod@enrich`] | a drop and the index | a named [`event::Event`] |
 //! | [`awaited`], [`held`] | an end without a name yet | the same a moment later, with it |
 //! | [`explain`] | an event and the policies of the moment | its explanation |
+//! | [`answer`] | a question about a connection | what policies say of it, and what was seen |
+//! | [`connections`] | conntrack's table and the counters | the connections of this node, named |
 //! | [`recent`] | drops of first packets | which attempts they were of |
 //! | [`policy`] | objects and a flow | which NetworkPolicy denies it, and what is missing |
 //! | [`record`] | events | counters of pairs |
@@ -20,9 +22,11 @@
 //!
 //! [`cli`] holds one file a command, [`selection`] is what `tail` and the local API select by.
 
+pub mod answer;
 pub mod awaited;
 pub mod cli;
 pub mod cluster;
+pub mod connections;
 pub mod decode;
 pub mod enrich;
 pub mod event;

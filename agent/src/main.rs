@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use whydrop::cli::config::Command;
-use whydrop::cli::{agent, check, config, explain, sentence, status, tail, telemetry};
+use whydrop::cli::{agent, check, config, connections, explain, sentence, status, tail, telemetry};
 
 fn main() -> ExitCode {
     let cli = match config::parse(std::env::args_os()) {
@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         Command::Agent(args) => agent::run(args),
         Command::Tail(args) => tail::run(args),
         Command::Explain(args) => explain::run(args),
+        Command::Connections(args) => connections::run(args),
         Command::Status(args) => status::run(args),
         Command::Check(args) => check::run(args),
     };

@@ -19,6 +19,17 @@ pub enum Detail {
     Namespace,
 }
 
+impl Detail {
+    /// As `--labels` names it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pod => "pod",
+            Self::Workload => "workload",
+            Self::Namespace => "namespace",
+        }
+    }
+}
+
 /// One end of a pair, as labels name it. What is coarsened away or not known is absent.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, serde::Serialize)]
 pub struct End {
@@ -257,6 +268,19 @@ impl Record {
     /// How many series there are.
     pub fn series_count(&self) -> usize {
         self.series.len()
+    }
+
+    /// How finely series name their ends.
+    pub const fn detail(&self) -> Detail {
+        self.detail
+    }
+
+    /// The series of some pairs, with their packets and when the last one came.
+    pub fn matching(&self, wants: impl Fn(&Pair) -> bool) -> Vec<(Series, u64, Instant)> {
+        let series = self.series.iter().filter(|(series, _)| wants(&series.pair));
+        series
+            .map(|(series, value)| (series.clone(), value.packets, value.last))
+            .collect()
     }
 
     /// A copy of all counters at one moment, so that whoever encodes them need not hold up the

@@ -11,6 +11,7 @@ use crate::cluster::watch::lookups;
 use crate::cluster::{Index, ObjectKind};
 use crate::event::Outcome;
 use crate::explain::denials::Denials;
+use crate::explain::worlds::Worlds;
 use crate::kube_events;
 use crate::output::stream::Stream;
 use crate::record::listen::ListenDrops;
@@ -60,6 +61,8 @@ pub struct State {
     pub awaited: Awaited,
     /// Packets that policies denied.
     pub denials: Denials,
+    /// The objects as policies are evaluated on.
+    pub worlds: Worlds,
     /// What came of asking for pods by their address.
     pub lookups: lookups::Totals,
     /// What came of telling drops as Kubernetes Events.
@@ -187,6 +190,7 @@ impl State {
             observing: AtomicBool::new(false),
             awaited: Awaited::default(),
             denials: Denials::default(),
+            worlds: Worlds::default(),
             lookups: lookups::Totals::default(),
             kube_events: kube_events::Totals::default(),
         }

@@ -2,9 +2,26 @@
 
 use anyhow::{Result, ensure};
 
-use crate::lab::{Family, Host, Lab, Place};
+use crate::lab::{Family, Host, Lab, Place, TC_STOLEN};
 use crate::packet::{self, flags};
 use crate::traffic;
+
+/// Has the router take any segment for one of a connection, and the ends see none of them, or they would
+/// answer with resets: TC_ACT_STOLEN frees packets without calling it a drop.
+///
+/// # Errors
+/// The lab refuses.
+pub fn prepare(lab: &Lab) -> Result<()> {
+    lab.sysctl(
+        Host::Router,
+        "net/netfilter/nf_conntrack_tcp_be_liberal",
+        "1",
+    )?;
+    for host in [Host::Client, Host::Server] {
+        lab.tc(host, "eth0", "ingress", TC_STOLEN)?;
+    }
+    Ok(())
+}
 
 /// Makes connections through the router until it tracks so many, which it must be made to do by a
 /// rule. Both sides have used them, so the kernel does not evict them early.

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use whydrop_tests::bystander::Habit;
 use whydrop_tests::counters::{self, conntrack};
 use whydrop_tests::expect::Row;
-use whydrop_tests::lab::{Family, Host, Lab, Place, TC_STOLEN};
+use whydrop_tests::lab::{Family, Host, Lab, Place};
 use whydrop_tests::on_both_families;
 use whydrop_tests::packet::{self, flags};
 use whydrop_tests::scene::{Scene, TCP_PORT};
@@ -86,17 +86,7 @@ fn conntrack_full(family: Family) -> Result<()> {
                }
              }",
         )?;
-        lab.sysctl(
-            Host::Router,
-            "net/netfilter/nf_conntrack_tcp_be_liberal",
-            "1",
-        )?;
-        // Neither end sees the segments that fill the table, or it would answer with a reset:
-        // TC_ACT_STOLEN frees them without calling it a drop.
-        for host in [Host::Client, Host::Server] {
-            lab.tc(host, "eth0", "ingress", TC_STOLEN)?;
-        }
-        Ok(())
+        tracked::prepare(lab)
     })?;
     tracked::fill(&scene.lab, family, limit)?;
     scene.udp(30)?;

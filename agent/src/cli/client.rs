@@ -48,7 +48,19 @@ fn hint(error: &io::Error) -> &'static str {
 /// # Errors
 /// Also if the answer is not 200: then with what the agent says.
 pub async fn get(socket: &Path, target: &str) -> Result<Response<Incoming>, ClientError> {
-    tokio::time::timeout(ANSWER_TIMEOUT, ask(socket, target))
+    get_within(socket, target, ANSWER_TIMEOUT).await
+}
+
+/// As [`get`], where the agent has to work the answer out first.
+///
+/// # Errors
+/// As [`get`].
+pub async fn get_within(
+    socket: &Path,
+    target: &str,
+    limit: Duration,
+) -> Result<Response<Incoming>, ClientError> {
+    tokio::time::timeout(limit, ask(socket, target))
         .await
         .map_err(|_| ClientError::Timeout(socket.to_owned()))?
 }

@@ -10,14 +10,15 @@ use clap::{
 };
 
 pub use self::agents::{AgentsArgs, KubeArgs};
+pub use self::explain::{ConnectionsArgs, ExplainArgs, ExplainOutput, From};
 pub use self::selection::SelectionArgs;
 pub use self::tail::{Color, Output, StatusArgs, TailArgs};
 use crate::cli::units::{Size, duration};
 use crate::cluster::watch::Reach;
-use crate::event::Protocol;
 use crate::source::load::Attach;
 
 pub mod agents;
+mod explain;
 mod selection;
 mod tail;
 
@@ -58,6 +59,8 @@ pub enum Command {
     Tail(TailArgs),
     /// Explain what the NetworkPolicies say of a connection, and mend what is missing
     Explain(ExplainArgs),
+    /// Show the connections of an agent's node, one JSON object a line, for explain --connections
+    Connections(ConnectionsArgs),
     /// Show what a running agent, or each of a cluster, says of itself: sources, sizes, losses
     Status(StatusArgs),
     /// Show what this kernel and these privileges allow to observe
@@ -286,82 +289,6 @@ pub enum Labels {
     Workload,
     /// Only their namespaces.
     Namespace,
-}
-
-/// Flags of `whydrop explain`.
-#[derive(Debug, Args)]
-#[command(
-    after_help = "The exit code is 0 if the connection is allowed (of a Service: to every backend), \
-                  1 if it is denied or the specification leaves it open, 2 if that cannot be told. \
-                  With --flows it is 1 if an \"expect\" is not met, else 2 if a line is broken."
-)]
-pub struct ExplainArgs {
-    /// Who connects: namespace/pod or an IP address
-    #[arg(value_name = "SRC")]
-    pub source: Option<String>,
-
-    /// To whom: namespace/pod, svc/namespace/name or an IP address
-    #[arg(value_name = "DST", requires = "source")]
-    pub destination: Option<String>,
-
-    /// The destination's port (of a Service: the Service's) [default: the only one that it declares,
-    /// else every port is asked for]
-    #[arg(long, value_name = "PORT", env = "WHYDROP_PORT",
-          value_parser = clap::value_parser!(u16).range(1..), help_heading = "Connection")]
-    pub port: Option<u16>,
-
-    /// TCP, UDP, SCTP, ICMP, ICMPv6 or a number
-    #[arg(
-        long,
-        value_name = "PROTOCOL",
-        default_value = "TCP",
-        env = "WHYDROP_PROTOCOL",
-        help_heading = "Connection"
-    )]
-    pub protocol: Protocol,
-
-    /// Judge many connections instead: a file with one JSON object a line, as {"src":"ns/pod",
-    /// "dst":"ns/pod","protocol":"TCP","port":80,"expect":"allow"}; one answer a line
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "WHYDROP_FLOWS",
-        conflicts_with = "source",
-        help_heading = "Connection"
-    )]
-    pub flows: Option<PathBuf>,
-
-    /// File or folder of Kubernetes objects, YAML or JSON, as `kubectl get
-    /// pods,svc,endpointslices,ns,nodes,netpol -A -o yaml` prints them; may be repeated
-    #[arg(
-        long,
-        value_name = "PATH",
-        env = "WHYDROP_OBJECTS",
-        help_heading = "Cluster"
-    )]
-    pub objects: Vec<PathBuf>,
-
-    /// How the answer looks
-    #[arg(
-        short,
-        long,
-        value_name = "FORMAT",
-        default_value = "text",
-        env = "WHYDROP_OUTPUT",
-        help_heading = "Output"
-    )]
-    pub output: ExplainOutput,
-}
-
-/// How an explanation looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ExplainOutput {
-    /// For people.
-    Text,
-    /// For scripts.
-    Json,
-    /// The same as YAML.
-    Yaml,
 }
 
 /// Flags of `whydrop check`.

@@ -10,6 +10,7 @@
 //! | [`status`] | what agents say of themselves |
 //! | [`check`] | what this kernel allows |
 //! | [`explain`] | what NetworkPolicies say of a connection |
+//! | [`connections`] | the connections of an agent's node |
 //! | [`client`] | the local API as a client sees it |
 //! | [`cluster`] | all agents of a cluster |
 //! | [`printer`] | standard output, until nobody reads it |
@@ -19,6 +20,7 @@ pub mod check;
 pub mod client;
 pub mod cluster;
 pub mod config;
+pub mod connections;
 pub mod explain;
 pub mod format;
 pub mod printer;

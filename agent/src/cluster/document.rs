@@ -4,7 +4,7 @@
 use std::fmt;
 
 use serde::Deserialize;
-use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::parse::{Malformed, Parsed, parse};
@@ -110,7 +110,9 @@ impl<'de> Visitor<'de> for DocumentVisitor {
         let mut items = None;
         while let Some(key) = map.next_key::<String>()? {
             if key == "items" {
-                items = map.next_value::<Option<Items>>()?;
+                let text = |name: &str| fields.get(name).and_then(Value::as_str);
+                let list = text("apiVersion").zip(text("kind"));
+                items = map.next_value_seed(ItemsSeed(list))?;
             } else {
                 fields.insert(key, map.next_value()?);
             }
@@ -126,7 +128,8 @@ impl<'de> Visitor<'de> for DocumentVisitor {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Document, A::Error> {
-        let items = ItemsVisitor.visit_seq(seq)?.0.into_iter();
+        let items = ItemsVisitor(None).visit_seq(seq)?;
+        let items = items.into_iter().flat_map(|items| items.0);
         Ok(Document(items.map(|item| item.finish(None)).collect()))
     }
 }
@@ -135,7 +138,8 @@ struct Items(Vec<ListItem>);
 
 enum ListItem {
     Done(Item),
-    /// The item of a typed list, whose kind is the list's: it may be told after the items.
+    /// The item of a typed list whose kind, the list's, is told after the items: the API server tells
+    /// it before them.
     Untyped(Value),
 }
 
@@ -148,30 +152,40 @@ impl ListItem {
     }
 }
 
-impl<'de> Deserialize<'de> for Items {
-    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        d.deserialize_seq(ItemsVisitor)
+/// The items of a list, which may be null; with what the list has said of itself before them.
+struct ItemsSeed<'a>(Option<(&'a str, &'a str)>);
+
+impl<'de> DeserializeSeed<'de> for ItemsSeed<'_> {
+    type Value = Option<Items>;
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, d: D) -> Result<Option<Items>, D::Error> {
+        d.deserialize_any(ItemsVisitor(self.0))
     }
 }
 
-struct ItemsVisitor;
+struct ItemsVisitor<'a>(Option<(&'a str, &'a str)>);
 
-impl<'de> Visitor<'de> for ItemsVisitor {
-    type Value = Items;
+impl<'de> Visitor<'de> for ItemsVisitor<'_> {
+    type Value = Option<Items>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a list of Kubernetes objects")
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Items, A::Error> {
+    fn visit_unit<E>(self) -> Result<Option<Items>, E> {
+        Ok(None)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Option<Items>, A::Error> {
         let mut items = Vec::new();
         while let Some(value) = seq.next_element::<Value>()? {
-            items.push(match value.get("kind").is_some() {
-                true => ListItem::Done(parse(&value, None)),
+            let has_kind = value.get("kind").is_some();
+            items.push(match has_kind || self.0.is_some() {
+                true => ListItem::Done(parse(&value, self.0)),
                 false => ListItem::Untyped(value),
             });
         }
-        Ok(Items(items))
+        Ok(Some(Items(items)))
     }
 }
 

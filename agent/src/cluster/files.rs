@@ -255,7 +255,7 @@ impl Source {
 }
 
 /// The files at a path: itself, or those in the folder that it is.
-fn list(path: &Path) -> io::Result<BTreeMap<PathBuf, Metadata>> {
+pub(crate) fn list(path: &Path) -> io::Result<BTreeMap<PathBuf, Metadata>> {
     let metadata = fs::metadata(path)?;
     if !metadata.is_dir() {
         return Ok(BTreeMap::from([(path.to_owned(), metadata)]));

@@ -8,6 +8,7 @@
 //! | [`files`] | `--objects`: reading files and folders, and noticing that they changed |
 //! | [`watch`] | `--cluster`: the API server's objects, kept up to date |
 //! | [`changes`] | which policy or label changed last, and when |
+//! | [`mod@list`] | the API server's objects, read once |
 //! | [`claims`] | who held something, from when to when |
 //! | [`ranges`] | the nodes' pod ranges |
 //! | [`uid`] | pods by UID, as objects and cgroups write it |
@@ -20,6 +21,7 @@ pub mod files;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod index;
+pub mod list;
 pub mod objects;
 pub mod parse;
 pub mod ranges;

@@ -43,7 +43,7 @@ use crate::source::hooks::SourceStatus;
 use crate::source::sys;
 use crate::state::State;
 
-mod health;
+pub(super) mod health;
 pub mod lookups;
 mod object;
 mod pace;
@@ -62,7 +62,7 @@ pub const KINDS: [ObjectKind; 9] = [
     ObjectKind::BaselineAdminNetworkPolicy,
 ];
 /// Of these the kinds that only some clusters have.
-const OPTIONAL: [ObjectKind; 3] = [
+pub const OPTIONAL: [ObjectKind; 3] = [
     ObjectKind::ClusterNetworkPolicy,
     ObjectKind::AdminNetworkPolicy,
     ObjectKind::BaselineAdminNetworkPolicy,
@@ -211,8 +211,13 @@ impl Server {
     }
 }
 
+/// The source that stands for a kind's watch.
+pub fn source_of(kind: ObjectKind) -> &'static str {
+    health::source(kind).0
+}
+
 /// The optional kinds that the server has; `None` if it does not say.
-async fn offered(client: &Client) -> Option<Vec<ObjectKind>> {
+pub(super) async fn offered(client: &Client) -> Option<Vec<ObjectKind>> {
     let mut offered = Vec::new();
     for kind in OPTIONAL {
         let path = format!("/apis/{}", kind.api_version());

@@ -136,7 +136,7 @@ fn an_explanation_is_worked_out_once_for_a_flow_and_a_state_of_the_objects() {
         let change = crate::cluster::Change::Upsert(object);
         state.index_mut().apply(change, event.time);
     }
-    explainer.explain(&event, now + APART);
+    explainer.explain(&event, now + worlds::APART);
     assert_eq!(explainer.computed(), 1);
     // The policy goes, as soon as objects are looked at again.
     let gone = objects(&policy("default-deny", DENY));

@@ -28,9 +28,12 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::answer::question;
+use crate::output::explain::Refusal;
 use crate::output::query::Query;
 use crate::output::socket::LocalSocket;
 use crate::output::stream::{MAX_READERS, Reader};
+use crate::output::{connections, explain};
 use crate::state::State;
 
 /// What OpenMetrics 1.0 calls itself; Prometheus chooses its parser by it.
@@ -92,6 +95,8 @@ pub async fn serve_metrics(listener: TcpListener, state: Arc<State>, stop: Stop)
 pub async fn serve_local(socket: LocalSocket, state: Arc<State>, stop: Stop) {
     let app = Router::new()
         .route("/v1/drops", get(drops))
+        .route("/v1/explain", get(explained))
+        .route("/v1/connections", get(connected))
         .route("/v1/pairs", get(pairs))
         .route("/v1/status", get(status))
         .fallback(not_found)
@@ -99,6 +104,8 @@ pub async fn serve_local(socket: LocalSocket, state: Arc<State>, stop: Stop) {
         .with_state(Local {
             state,
             stop: stop.clone(),
+            explaining: Arc::new(Semaphore::new(explain::AT_ONCE)),
+            dumping: Arc::new(Semaphore::new(1)),
         });
     let accept = async || socket.listener().accept().await.map(|(stream, _)| stream);
     serve(accept, app, MAX_LOCAL, None, stop).await;
@@ -185,6 +192,10 @@ async fn stopped(stop: &mut Stop) {
 struct Local {
     state: Arc<State>,
     stop: Stop,
+    /// Answers that are worked out.
+    explaining: Arc<Semaphore>,
+    /// One look at conntrack at a time: it walks the kernel's table.
+    dumping: Arc<Semaphore>,
 }
 
 async fn metrics(Shared(state): Shared<Arc<State>>) -> Response {
@@ -206,6 +217,57 @@ async fn pairs(Shared(local): Shared<Local>) -> Response {
 
 async fn status(Shared(local): Shared<Local>) -> Response {
     axum::Json(local.state.status()).into_response()
+}
+
+async fn explained(Shared(local): Shared<Local>, RawQuery(query): RawQuery) -> Response {
+    let query = match question::Query::parse(query.as_deref().unwrap_or_default()) {
+        Ok(query) => query,
+        Err(why) => return error(StatusCode::BAD_REQUEST, &why),
+    };
+    if !query.brief {
+        local.state.flush().await;
+    }
+    let state = local.state.clone();
+    let work = move || explain::explain(&state, &query);
+    match blocking(&local.explaining, work).await {
+        Ok(Ok(answer)) => axum::Json(answer).into_response(),
+        Ok(Err(why @ Refusal::Bad(_))) => error(StatusCode::BAD_REQUEST, &why.to_string()),
+        Ok(Err(why @ Refusal::NotYet(_))) => {
+            error(StatusCode::SERVICE_UNAVAILABLE, &why.to_string())
+        }
+        Err(why) => error(StatusCode::INTERNAL_SERVER_ERROR, &why),
+    }
+}
+
+async fn connected(Shared(local): Shared<Local>, RawQuery(query): RawQuery) -> Response {
+    if query.is_some_and(|query| !query.is_empty()) {
+        return error(StatusCode::BAD_REQUEST, "/v1/connections has no parameters");
+    }
+    local.state.flush().await;
+    let state = local.state.clone();
+    match blocking(&local.dumping, move || connections::read(state)).await {
+        Ok(told) => {
+            let body = Body::from_stream(connections::lines(told));
+            ([(header::CONTENT_TYPE, NDJSON)], body).into_response()
+        }
+        Err(why) => error(StatusCode::INTERNAL_SERVER_ERROR, &why),
+    }
+}
+
+/// What takes longer than a task may, on a thread of its own, a limited number at a time.
+async fn blocking<T: Send + 'static>(
+    free: &Arc<Semaphore>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, String> {
+    // Nobody closes the semaphore. The work keeps its place also when the client goes away meanwhile.
+    let permit = Arc::clone(free).acquire_owned().await;
+    let work = tokio::task::spawn_blocking(move || {
+        let result = work();
+        drop(permit);
+        result
+    });
+    work.await
+        .map_err(|error| format!("the agent could not work it out: {error}"))
 }
 
 async fn drops(Shared(local): Shared<Local>, RawQuery(query): RawQuery) -> Response {

@@ -156,6 +156,12 @@ impl Stream {
         lock(&self.0.ring).lines.len()
     }
 
+    /// All lines that are kept, oldest first.
+    pub fn kept(&self) -> Vec<Arc<Line>> {
+        let ring = lock(&self.0.ring);
+        ring.lines.iter().map(|k| Arc::clone(&k.line)).collect()
+    }
+
     /// Begins to read. Without `last` and `since` a following reader begins with the next line,
     /// and one that does not follow reads all lines that are kept.
     ///

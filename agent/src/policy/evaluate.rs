@@ -14,7 +14,7 @@ use super::world::{NodeId, PodId, World};
 use crate::event::Protocol;
 
 /// One end of a flow, after DNAT.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct End {
     /// Whose address it is.
     pub who: Who,
@@ -23,7 +23,7 @@ pub struct End {
 }
 
 /// Whose address it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Who {
     /// A pod's, or its node's if it is a host-network pod.
     Pod(PodId),
@@ -44,7 +44,7 @@ impl End {
 }
 
 /// A connection, or a datagram, in its original direction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Flow {
     /// Who opens it.
     pub source: End,
@@ -118,6 +118,8 @@ pub enum Because {
     TierConflict,
     /// Whether a tier's rule matches depends on what DNS answers, or on which address is used.
     TierUnknown,
+    /// Objects that may decide could not be read: set by who reads them.
+    Missing,
 }
 
 /// Whether something matches.

@@ -136,6 +136,8 @@ pub(super) fn prove(
         }
         let (value, command) = match &candidate.change {
             Change::Policy(policy) => (manifest::policy(policy), None),
+            // None takes a policy away.
+            Change::NoPolicy(..) => return None,
             Change::Tier(policy) => (super::tier::manifest::policy(policy), None),
             Change::Namespace(namespace) => {
                 let old = world.pods().find_map(|(id, _)| {

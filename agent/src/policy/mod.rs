@@ -14,6 +14,7 @@
 //! | [`beside`], [`aws`] | findings that no missing rule explains |
 //! | [`near`] | the findings of rules that almost matched |
 //! | [`fix`] | changes that mend it, proven, and what else they admit |
+//! | [`proposal`] | policies that are not applied yet, and what they would change |
 //! | [`manifest`] | a policy or namespace as YAML |
 //! | [`dns`], [`cni`] | what is known of the cluster's DNS, and of who enforces |
 
@@ -30,6 +31,7 @@ pub mod manifest;
 mod matching;
 pub mod model;
 pub mod near;
+pub mod proposal;
 pub mod selector;
 pub mod tier;
 pub mod world;

@@ -12,6 +12,8 @@ use super::*;
 use crate::policy::testing;
 use crate::policy::world::World;
 
+#[path = "proposal_property_tests.rs"]
+mod proposal;
 #[path = "naive_tier_tests.rs"]
 mod tiers;
 

@@ -78,6 +78,8 @@ pub(super) struct Inventory {
 pub enum Change {
     /// The policy is as this, or new.
     Policy(Arc<NetworkPolicy>),
+    /// The policy of this namespace and name is gone.
+    NoPolicy(Arc<str>, Arc<str>),
     /// The policy of a tier is as this.
     Tier(Arc<TierPolicy>),
     /// The namespace has these labels.
@@ -182,6 +184,14 @@ impl World {
                 world.tiers = in_order(others.chain([policy.clone()]).collect());
                 world.governing = fresh(self.inventory.pods.len());
             }
+            Change::NoPolicy(namespace, name) => {
+                if let Some(id) = self.inventory.namespace_ids.get(namespace) {
+                    let policies = self.policies[*id as usize].iter();
+                    let rest = policies.filter(|policy| policy.name != *name).cloned();
+                    world.policies[*id as usize] = rest.collect();
+                    world.isolating = fresh(self.inventory.pods.len());
+                }
+            }
             Change::Policy(policy) => {
                 let Some(id) = self.inventory.namespace_ids.get(&policy.namespace) else {
                     return world;
@@ -272,6 +282,11 @@ impl World {
     /// The namespace of a pod.
     pub fn namespace_of(&self, pod: PodId) -> &Arc<Namespace> {
         &self.namespaces[self.inventory.pod_namespaces[pod as usize] as usize]
+    }
+
+    /// Whether a namespace is known, if only by its pods or policies.
+    pub fn has_namespace(&self, namespace: &str) -> bool {
+        self.inventory.namespace_ids.contains_key(namespace)
     }
 
     /// Whether the objects hold the namespace itself: else only its name is known of its labels.

@@ -23,6 +23,7 @@ use whydrop::state::State;
 
 pub mod api;
 pub mod cluster;
+pub mod command;
 
 /// Nothing here takes this long, on any machine.
 pub const DEADLINE: Duration = Duration::from_secs(20);

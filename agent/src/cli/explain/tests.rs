@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use serde_json::json;
+
 use super::*;
 
 const OBJECTS: &str = "
@@ -108,7 +110,8 @@ fn a_denial_is_explained_in_text_and_json_with_code_1() {
     assert_eq!(code, Ok(1));
     for part in [
         "shop/web → db/pg-0  TCP 5432: DENIED",
-        "1. silent or refused?",
+        "1. silent or refused?                  not observed: no agent was asked",
+        "pods and policies from files",
         "2. is the destination isolated?        yes, by db/pg",
         "7. policyTypes and CNI?",
         "namespace-label-missing",
@@ -120,6 +123,7 @@ fn a_denial_is_explained_in_text_and_json_with_code_1() {
     let json = json_of("shop/web db/pg-0 --port 5432");
     assert_eq!(json["allowed"], false);
     assert_eq!(json["observed"], Value::Null);
+    assert_eq!(json["objects"], json!({"from": "files"}));
     assert_eq!(json["ingress"]["verdict"], "deny");
     assert_eq!(json["ingress"]["policies"][0], "db/pg");
     assert_eq!(json["ingress"]["rules"][0]["failed"], "peer-namespace");
@@ -312,4 +316,83 @@ fn a_broken_file_is_no_ground_for_an_answer() {
     std::fs::write(&path, "a: [").unwrap();
     let (code, _) = run_on("a/b c/d", &[path]);
     assert!(code.unwrap_err().contains("no YAML"));
+}
+
+#[test]
+fn proposed_policies_are_laid_against_connections_of_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let objects = PathBuf::from(path("objects.yaml", OBJECTS));
+    // pg-0 connects to web, which nothing isolates.
+    let connections = path(
+        "connections",
+        "{\"source\":{\"ip\":\"10.244.2.9\"},\
+          \"destination\":{\"namespace\":\"shop\",\"pod\":\"web\",\"port\":80}}\n\
+         {\"node\":\"n\",\"time\":\"2026-01-01T00:00:00Z\",\"conntrack\":\"read\",\
+          \"connections\":1}\n",
+    );
+    let nobody = path(
+        "nobody.yaml",
+        "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: nobody, namespace: shop}
+spec: {podSelector: {}}
+",
+    );
+    let everyone = path(
+        "everyone.yaml",
+        "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: everyone, namespace: shop}
+spec: {podSelector: {}, ingress: [{}]}
+",
+    );
+    let run = |flags: &str| run_on(flags, std::slice::from_ref(&objects));
+    let of =
+        |with: &str, more: &str| run(&format!("--connections {connections} --with {with}{more}"));
+    let (code, text) = of(&nobody, "");
+    assert_eq!(code, Ok(1));
+    assert!(
+        text.contains("ingress would be denied by shop/nobody"),
+        "{text}"
+    );
+    let (code, json) = of(&nobody, " -o json");
+    assert_eq!(code, Ok(1));
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["denied"][0]["connections"], 1);
+    let (code, text) = of(&everyone, "");
+    assert_eq!(code, Ok(0));
+    assert!(text.starts_with("None of 1 connection (1 flow)"), "{text}");
+    assert_eq!(of(&format!("{nobody} {everyone}"), "").0, Ok(0));
+    // What keeps it from being judged is an error, not a verdict.
+    let error = of(&everyone, " --without db/none").0.unwrap_err();
+    assert!(error.contains("no such NetworkPolicy"), "{error}");
+    let error = run(&format!("--connections {nobody} --with {nobody}"))
+        .0
+        .unwrap_err();
+    assert!(
+        error.contains("nobody.yaml: line 1 is no connection"),
+        "{error}"
+    );
+    let error = run(&format!("--with {nobody} --socket /nowhere/agent.sock"))
+        .0
+        .unwrap_err();
+    assert!(error.contains("no whydrop agent answers"), "{error}");
+    // Nothing was seen: nothing is known; and where nobody could look, that is no answer.
+    let empty = path("empty", "");
+    let (code, text) = run(&format!("--connections {empty} --with {nobody}"));
+    assert_eq!(code, Ok(0));
+    assert!(text.starts_with("No connection was seen"), "{text}");
+    let off = path(
+        "off",
+        "{\"node\":\"n\",\"time\":\"2026-01-01T00:00:00Z\",\"conntrack\":\"not in use\",\"connections\":0}",
+    );
+    assert_eq!(
+        run(&format!("--connections {off} --with {nobody}")).0,
+        Ok(2)
+    );
 }

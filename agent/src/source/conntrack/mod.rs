@@ -7,6 +7,7 @@
 //! | `waiting.rs` | how long an entry has waited, and when that is reported; no I/O |
 //! | `local.rs` | attempts that the source of this kernel's sockets counts |
 //! | `lookup.rs` | the destination after DNAT of a single connection |
+//! | `connections.rs` | what was answered: the connections that there are now |
 //! | `stats.rs` | use, limit and counters of the table |
 //! | `socket.rs` | asking the kernel |
 //! | `wire.rs` | messages to entries |
@@ -19,6 +20,7 @@
 //! confirmed, and so is no entry. It does not show ICMP errors, nor SYNs that are sent again: an
 //! attempt that another host rejected by ICMP, or that its sender gave up, looks unanswered as well.
 
+mod connections;
 mod handle;
 mod local;
 mod lookup;
@@ -34,6 +36,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+pub use connections::{Connected, Connections, MAX_FLOWS, connections};
 pub use handle::{Source, Totals};
 pub use local::{LocalTuples, REMEMBERED};
 pub use lookup::Lookup;

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::tuple::{Tuple, Zone};
-use super::wire::{self, Answer, Entry, Received};
+use super::wire::{self, Answer, Choice, Entry, Received};
 
 /// The most that the kernel puts into one datagram of a dump (netlink_recvmsg, Linux 3.16 on); it
 /// follows the reader's buffer, and larger ones take fewer calls.
@@ -111,12 +111,34 @@ impl Socket {
 
     /// Hands every entry to `found` that nobody answered; `filtered` leaves the choice to the kernel
     /// where that can choose.
-    pub fn dump(&mut self, filtered: bool, mut found: impl FnMut(Entry)) -> Result<Dumped, Error> {
-        let sequence = self.send(|sequence| wire::dump(filtered, sequence))?;
+    pub fn dump(&mut self, filtered: bool, found: impl FnMut(Entry)) -> Result<Dumped, Error> {
+        let choice = match filtered {
+            true => Choice::Unreplied,
+            false => Choice::All,
+        };
+        self.dump_of(choice, false, found)
+    }
+
+    /// Hands every entry to `found`, of which the kernel may leave out those that nobody answered.
+    pub fn dump_replied(&mut self, mut found: impl FnMut(Entry)) -> Result<Dumped, Error> {
+        match self.dump_of(Choice::Replied, true, &mut found) {
+            // No kernel is known that refuses the filter, and none is worth failing for.
+            Err(Error::Unsupported) => self.dump_of(Choice::All, true, found),
+            result => result,
+        }
+    }
+
+    fn dump_of(
+        &mut self,
+        choice: Choice,
+        wants_replied: bool,
+        mut found: impl FnMut(Entry),
+    ) -> Result<Dumped, Error> {
+        let sequence = self.send(|sequence| wire::dump(choice, sequence))?;
         let mut dumped = Dumped::default();
         let mut end = None;
         while end.is_none() {
-            self.answers(sequence, false, |answer| match answer {
+            self.answers(sequence, wants_replied, |answer| match answer {
                 Answer::Done(code) | Answer::Error(code) => end = Some(code),
                 Answer::Entry(entry) => {
                     dumped.entries += 1;

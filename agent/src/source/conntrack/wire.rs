@@ -113,7 +113,7 @@ pub(super) enum Answer {
     Replied,
     /// An entry that makes no sense.
     Unreadable,
-    /// An entry of neither TCP nor UDP, or no entry at all.
+    /// An entry of another protocol than TCP, UDP and SCTP, or no entry at all.
     Other,
     /// The end of a dump; 0, or the error that ended it.
     Done(i32),
@@ -150,20 +150,33 @@ pub(super) fn get(tuple: &Tuple, zone: Zone, sequence: u32) -> Vec<u8> {
     request(family, attributes, 0, sequence)
 }
 
-/// The request for all entries; with `filtered`, for those alone that nobody answered, which
-/// older kernels do not heed.
-pub(super) fn dump(filtered: bool, sequence: u32) -> Vec<u8> {
-    let attributes = if filtered {
+/// Which entries a dump asks for; older kernels send all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Choice {
+    /// All.
+    All,
+    /// Those that nobody answered.
+    Unreplied,
+    /// Those that were answered.
+    Replied,
+}
+
+/// The request for entries.
+pub(super) fn dump(choice: Choice, sequence: u32) -> Vec<u8> {
+    let status = match choice {
+        Choice::All => None,
+        Choice::Unreplied => Some(UNREPLIED),
+        Choice::Replied => Some(STATUS_MASK),
+    };
+    let attributes = status.map_or_else(Vec::new, |status| {
         vec![
-            ConntrackAttribute::CtaStatus(UNREPLIED),
+            ConntrackAttribute::CtaStatus(status),
             ConntrackAttribute::Other(DefaultNla::new(
                 CTA_STATUS_MASK,
                 STATUS_MASK.bits().to_be_bytes().to_vec(),
             )),
         ]
-    } else {
-        Vec::new()
-    };
+    });
     request(
         NetfilterProtoFamily::Unspec,
         attributes,
@@ -277,7 +290,7 @@ fn is_unreplied(payload: &[u8]) -> bool {
     Status::from_bits_retain(u32::from_be_bytes(bits)) & STATUS_MASK == UNREPLIED
 }
 
-/// An entry from its attributes; `None` if it is of neither TCP nor UDP.
+/// An entry from its attributes; `None` if it is of another protocol than TCP, UDP and SCTP.
 fn entry(attributes: &[ConntrackAttribute]) -> Result<Option<Entry>, DecodeError> {
     let mut original = None;
     let mut reply = None;
@@ -368,7 +381,7 @@ fn ends(parts: &[TupleNla]) -> Option<Tuple> {
             _ => {}
         }
     }
-    let protocol = protocol.filter(|p| matches!(*p, Protocol::TCP | Protocol::UDP))?;
+    let protocol = protocol.filter(|p| p.has_ports())?;
     Some(Tuple::new(
         protocol,
         SocketAddr::new(source?, source_port?),

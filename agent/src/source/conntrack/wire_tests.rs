@@ -182,7 +182,7 @@ fn a_zone_is_where_the_kernel_looks_for_it() {
 
 #[test]
 fn a_dump_is_filtered_by_status_and_mask() {
-    let (header, family, attributes) = request_attributes(&dump(true, 1));
+    let (header, family, attributes) = request_attributes(&dump(Choice::Unreplied, 1));
     assert_eq!(header.flags, NLM_F_REQUEST | NLM_F_DUMP);
     assert_eq!(family, NetfilterProtoFamily::Unspec);
     let [
@@ -197,7 +197,7 @@ fn a_dump_is_filtered_by_status_and_mask() {
         (mask.kind(), value(mask).ok()),
         (CTA_STATUS_MASK, Some([0, 0, 0, 10]))
     );
-    assert!(request_attributes(&dump(false, 1)).2.is_empty());
+    assert!(request_attributes(&dump(Choice::All, 1)).2.is_empty());
 }
 
 proptest! {

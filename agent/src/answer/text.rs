@@ -1,6 +1,7 @@
 //! The answer for people: the seven questions of a diagnosis, each with its evidence.
 
-use super::answer::{Answer, because};
+use super::Answer;
+use super::because::because;
 use crate::policy::cni::{Enforcer, enforcer};
 use crate::policy::dns;
 use crate::policy::evaluate::{Because, Judgement, Match, Verdict, Who};
@@ -10,12 +11,14 @@ use crate::policy::near;
 use crate::policy::world::World;
 
 /// The whole answer. Its names are as the objects say them: to be cleaned before a terminal.
-pub fn of(world: &World, answer: &Answer) -> String {
-    let flow = &answer.flow;
+pub fn of(answer: &Answer) -> String {
+    let (flow, ground) = (&answer.flow, answer.ground);
+    let world = &*ground.world;
     let (source, destination) = (name(world, flow.source), name(world, flow.destination));
     let verdict = match answer.allowed() {
         Some(true) => "ALLOWED",
         Some(false) => "DENIED",
+        None if ground.missing.is_open(world, flow) => "UNDEFINED: objects are missing",
         None => "UNDEFINED: CNIs differ",
     };
     let mut text = format!("{source} → {destination}  {}", port(flow));
@@ -23,13 +26,23 @@ pub fn of(world: &World, answer: &Answer) -> String {
         text += &format!(" (svc {service})");
     }
     text += &format!(": {verdict}\n\n");
+    for missing in ground.missing.sentences() {
+        text += &format!("missing: {missing}\n");
+    }
     let isolated = match &answer.ingress.policies[..] {
+        [] if answer.ingress.because == Because::Missing => {
+            format!("not known: {}", because(&answer.ingress))
+        }
         [] => format!("no: {}", because(&answer.ingress)),
         policies => format!("yes, by {}", names(policies)),
     };
-    let silent = match answer.allowed() {
-        Some(true) => "not observed here; policies do not drop it".to_owned(),
-        _ => "not observed here: most CNIs drop silently, kube-router answers with an ICMP error"
+    let silent = match (&answer.observed, answer.allowed()) {
+        (Some(observed), _) => observed.sentence(),
+        (None, Some(true)) => {
+            "not observed: no agent was asked; policies do not drop it".to_owned()
+        }
+        (None, _) => "not observed: no agent was asked; most CNIs drop silently, kube-router \
+                      answers with an ICMP error"
             .to_owned(),
     };
     let questions = [
@@ -50,8 +63,9 @@ pub fn of(world: &World, answer: &Answer) -> String {
     for (i, (question, answer)) in (1..).zip(&questions) {
         text += &format!("{i}. {question:<35} {answer}\n");
     }
+    text += &format!("\npods and policies {}\n", ground.origin);
     backends(world, answer, &mut text);
-    for note in answer.notes.iter().chain(&answer.skipped) {
+    for note in answer.notes.iter().chain(&ground.skipped) {
         text += &format!("\nnote: {note}\n");
     }
     for finding in &answer.findings {

@@ -1,115 +1,20 @@
-//! The answer to one question, and its JSON.
+//! The answer as scripts get it.
 
 use serde_json::{Value, json};
 
-use super::Asked;
-use super::target::{self, Target};
-use crate::policy::evaluate::{Because, End, Flow, Judgement, Match, RuleResult, Verdict, Who};
+use super::Answer;
+use super::because::because;
+use crate::policy::evaluate::{End, Flow, Judgement, Match, RuleResult, Who};
 use crate::policy::failure::Failure;
-use crate::policy::findings::{self, Context, Finding, name};
+use crate::policy::findings::{Finding, name};
 use crate::policy::model::Direction;
 use crate::policy::near;
-use crate::policy::tier::Tier;
 use crate::policy::tier::decide::TierResult;
 use crate::policy::world::World;
 
-/// What policies say of a connection.
-pub struct Answer<'w> {
-    /// The connection; of a Service's backends the first that is denied.
-    pub flow: Flow,
-    /// What the source's policies say.
-    pub egress: Judgement<'w>,
-    /// What the destination's policies say.
-    pub ingress: Judgement<'w>,
-    /// What is missing.
-    pub findings: Vec<Finding>,
-    /// The Service that was asked for.
-    pub service: Option<String>,
-    /// Its backends, and what policies say of each.
-    pub backends: Vec<(Target, Verdict)>,
-    /// What is worth knowing about the ends.
-    pub notes: Vec<String>,
-    /// Objects that could not be used.
-    pub skipped: Vec<String>,
-}
-
-impl Answer<'_> {
-    /// Whether it is allowed: for a Service, to every backend; `None` where that is undefined.
-    pub fn allowed(&self) -> Option<bool> {
-        match self.egress.verdict.and(self.ingress.verdict) {
-            Verdict::Allow | Verdict::NotApplicable => Some(true),
-            Verdict::Deny => Some(false),
-            Verdict::Undefined => None,
-        }
-    }
-}
-
-/// Answers a question; `fixes` are made where it is one, not many.
-pub(super) fn answer<'w>(
-    world: &'w World,
-    asked: &Asked,
-    fixes: bool,
-) -> Result<Answer<'w>, String> {
-    let mut notes = Vec::new();
-    let source = target::source(world, &asked.src, &mut notes)?;
-    let targets = target::destination(world, &asked.dst, asked.protocol, asked.port, &mut notes)?;
-    let flow = |target: &Target| Flow {
-        source,
-        destination: target.end,
-        protocol: asked.protocol,
-        port: target.port,
-    };
-    let judged = targets.all.into_iter().map(|target| {
-        let verdict = world.both(&flow(&target));
-        (target, verdict)
-    });
-    let backends: Vec<(Target, Verdict)> = judged.collect();
-    let worst = backends.iter().min_by_key(|(_, verdict)| match verdict {
-        Verdict::Deny => 0,
-        Verdict::Undefined => 1,
-        Verdict::Allow | Verdict::NotApplicable => 2,
-    });
-    let Some((worst, _)) = worst else {
-        return Err(format!("{}: leads nowhere", asked.dst));
-    };
-    let flow = flow(worst);
-    let egress = world.judge(&flow, Direction::Egress);
-    let ingress = world.judge(&flow, Direction::Ingress);
-    for end in [flow.source, flow.destination] {
-        if let Who::Pod(id) = end.who {
-            let namespace = &world.pod(id).key.namespace;
-            let note = format!(
-                "namespace {namespace} is not among the objects: of its labels only its name is \
-                 known"
-            );
-            if world.is_inferred(namespace) && !notes.contains(&note) {
-                notes.push(note);
-            }
-        }
-    }
-    let context = Context {
-        no_fixes: !fixes,
-        ..Context::default()
-    };
-    let findings = findings::findings(world, &flow, &egress, &ingress, &context);
-    Ok(Answer {
-        flow,
-        egress,
-        ingress,
-        findings,
-        backends: match targets.service {
-            Some(_) => backends,
-            None => Vec::new(),
-        },
-        service: targets.service,
-        notes,
-        skipped: Vec::new(),
-    })
-}
-
 /// The answer as scripts get it.
-pub fn json(world: &World, answer: &Answer) -> Value {
-    let flow = &answer.flow;
+pub fn of(answer: &Answer) -> Value {
+    let (flow, world) = (&answer.flow, &*answer.ground.world);
     let mut value = json!({
         "allowed": answer.allowed(),
         "source": end(world, flow.source),
@@ -119,7 +24,8 @@ pub fn json(world: &World, answer: &Answer) -> Value {
         "egress": side(world, flow, &answer.egress),
         "ingress": side(world, flow, &answer.ingress),
         "findings": answer.findings.iter().map(finding).collect::<Vec<_>>(),
-        "observed": null,
+        "observed": answer.observed,
+        "objects": answer.ground.origin,
     });
     if let Some(service) = &answer.service {
         value["service"] = json!(service);
@@ -129,7 +35,13 @@ pub fn json(world: &World, answer: &Answer) -> Value {
         });
         value["backends"] = backends.collect();
     }
-    for (field, list) in [("notes", &answer.notes), ("skipped", &answer.skipped)] {
+    let ground = answer.ground;
+    let missing = ground.missing.sentences().map(str::to_owned).collect();
+    for (field, list) in [
+        ("notes", &answer.notes),
+        ("skipped", &ground.skipped),
+        ("missing", &missing),
+    ] {
         if !list.is_empty() {
             value[field] = json!(list);
         }
@@ -234,31 +146,6 @@ fn failed(
         value["reason"] = json!(near::sentence(world, flow, direction, first));
         if !others.is_empty() {
             value["also_failed"] = others.iter().map(|f| json!(f.code())).collect();
-        }
-    }
-}
-
-/// Why a side says so, in a few words.
-pub fn because(judgement: &Judgement) -> &'static str {
-    match judgement.because {
-        Because::NotAPod => "this end is no pod",
-        Because::HostNetwork => "this end is a host-network pod",
-        Because::ToItself => "a pod may always talk to itself",
-        Because::OwnNode => "the pod's own node is always allowed in",
-        Because::NotIsolated => "no policy isolates the pod",
-        Because::Rule => "a rule matches",
-        Because::NoRule => "no rule matches",
-        Because::BlockOnPod => {
-            "only an ipBlock matches, and the peer is a pod: Cilium never matches those, others do"
-        }
-        Because::Protocol => "NetworkPolicy does not define this protocol",
-        Because::Tier(Tier::Admin) => "a rule of the Admin tier decides, before NetworkPolicies",
-        Because::Tier(Tier::Baseline) => {
-            "no NetworkPolicy isolates the pod, and the Baseline tier decides"
-        }
-        Because::TierConflict => "policies of one tier and priority disagree, and either may count",
-        Because::TierUnknown => {
-            "whether a rule of a tier matches depends on the address, or on what DNS answers"
         }
     }
 }
