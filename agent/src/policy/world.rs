@@ -188,8 +188,7 @@ impl World {
                 if let Some(id) = self.inventory.namespace_ids.get(namespace) {
                     let policies = self.policies[*id as usize].iter();
                     let rest = policies.filter(|policy| policy.name != *name).cloned();
-                    world.policies[*id as usize] = rest.collect();
-                    world.isolating = fresh(self.inventory.pods.len());
+                    world.set_policies(*id, rest.collect());
                 }
             }
             Change::Policy(policy) => {
@@ -201,12 +200,17 @@ impl World {
                     Some(old) => *old = policy.clone(),
                     None => policies.push(policy.clone()),
                 }
-                world.policies[*id as usize] = policies.into();
-                world.compiled[*id as usize] = None;
-                world.isolating = fresh(self.inventory.pods.len());
+                world.set_policies(*id, policies.into());
             }
         }
         world
+    }
+
+    /// Gives a namespace other policies.
+    fn set_policies(&mut self, id: NamespaceId, policies: Arc<[Arc<NetworkPolicy>]>) {
+        self.policies[id as usize] = policies;
+        self.compiled[id as usize] = None;
+        self.isolating = fresh(self.inventory.pods.len());
     }
 
     /// All pods, ended ones too.

@@ -43,6 +43,12 @@ pub fn status() -> Vec<String> {
     command("status")
 }
 
+/// The arguments of `whydrop connections`.
+pub fn connections() -> Vec<String> {
+    let socket = format!("--socket={DEFAULT_SOCKET}");
+    vec!["connections".to_owned(), socket]
+}
+
 /// A command for the agent in the same pod: of the variables of its container, none has a say in who is
 /// asked and how it looks.
 fn command(name: &str) -> Vec<String> {

@@ -130,6 +130,15 @@ impl Agents {
         }
     }
 
+    /// The next lines of a command, which says something within the time of a request.
+    ///
+    /// # Errors
+    /// It fails, or says nothing for too long.
+    pub async fn lines(&self, exec: &mut Exec) -> Result<Option<Vec<String>>, ExecError> {
+        let lines = timeout(self.timeout, exec.lines()).await;
+        lines.map_err(|_| ExecError::Silent(self.timeout))?
+    }
+
     /// Runs a command to its end, and gives what it printed.
     ///
     /// # Errors
@@ -138,9 +147,7 @@ impl Agents {
         let mut exec = self.exec(agent, arguments).await?;
         let mut all = String::new();
         loop {
-            let lines = timeout(self.timeout, exec.lines()).await;
-            let lines = lines.map_err(|_| ExecError::Silent(self.timeout))??;
-            let Some(lines) = lines else {
+            let Some(lines) = self.lines(&mut exec).await? else {
                 return Ok(all);
             };
             all.extend(lines.into_iter().map(|line| line + "\n"));

@@ -55,6 +55,23 @@ pub async fn target(args: &AgentsArgs) -> anyhow::Result<Target> {
     }
 }
 
+/// The configuration of a cluster, where no agent is meant: that of a kubeconfig, else of a pod's
+/// ServiceAccount.
+///
+/// # Errors
+/// There is neither, or it cannot be used.
+pub async fn cluster(args: &KubeArgs) -> anyhow::Result<Config> {
+    if args.names_a_cluster() || has_kubeconfig() {
+        return config(args).await.context("the kubeconfig cannot be used");
+    }
+    Config::incluster().map_err(|_| {
+        anyhow!(
+            "no configuration of a cluster: set KUBECONFIG, give --kubeconfig, or run in a pod with a \
+             ServiceAccount"
+        )
+    })
+}
+
 impl KubeArgs {
     /// Whether a cluster is asked for by a flag; those about the account alone need one beside them.
     fn names_a_cluster(&self) -> bool {

@@ -1,10 +1,10 @@
 //! Flags of `whydrop explain`, and of what collects connections for it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::DEFAULT_SOCKET;
+use super::{AgentsArgs, DEFAULT_SOCKET};
 use crate::event::Protocol;
 
 /// Flags of `whydrop explain`.
@@ -75,8 +75,8 @@ pub struct ExplainArgs {
     )]
     pub without: Vec<String>,
 
-    /// Connections that `whydrop connections` printed, of any number of nodes, in place of those of
-    /// the local agent; - for standard input; may be repeated
+    /// Connections that `whydrop connections` printed, of any number of nodes, in place of those that
+    /// all agents of the cluster, or with --socket one, see; - for standard input; may be repeated
     #[arg(
         long,
         value_name = "FILE",
@@ -96,10 +96,9 @@ pub struct ExplainArgs {
     )]
     pub objects: Vec<PathBuf>,
 
-    /// Who is asked: `agent`, which also tells what it has seen, `cluster` (the API server, by
-    /// $KUBECONFIG, ~/.kube/config or a pod's ServiceAccount), or `auto`: an agent with --socket or
-    /// where one answers on /run/whydrop/agent.sock, else the cluster. --with asks the cluster for
-    /// objects and the agent for connections
+    /// Who is asked: `agent`, which also tells what it has seen, `cluster` (the API server), or `auto`:
+    /// an agent with --socket or where one answers on /run/whydrop/agent.sock, else the cluster. --with
+    /// asks the cluster for objects and its agents for connections
     #[arg(
         long,
         value_name = "WHO",
@@ -109,14 +108,9 @@ pub struct ExplainArgs {
     )]
     pub from: From,
 
-    /// The agent's local API [default: /run/whydrop/agent.sock]
-    #[arg(
-        long,
-        value_name = "PATH",
-        env = "WHYDROP_SOCKET",
-        help_heading = "Cluster"
-    )]
-    pub socket: Option<PathBuf>,
+    /// Whom that is
+    #[command(flatten)]
+    pub agents: AgentsArgs,
 
     /// How the answer looks
     #[arg(
@@ -143,9 +137,8 @@ pub enum ExplainOutput {
 
 impl ExplainArgs {
     /// The agent's socket.
-    pub fn socket(&self) -> &Path {
-        let given = self.socket.as_deref();
-        given.unwrap_or_else(|| Path::new(DEFAULT_SOCKET))
+    pub fn socket(&self) -> PathBuf {
+        self.agents.local_socket()
     }
 }
 

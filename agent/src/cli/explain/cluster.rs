@@ -8,13 +8,15 @@ use kube::Client;
 use crate::answer::Ground;
 use crate::answer::missing::Missing;
 use crate::answer::origin::Origin;
+use crate::cli::cluster::kubeconfig;
+use crate::cli::config::KubeArgs;
+use crate::cluster::ObjectKind;
 use crate::cluster::list::{Listed, list};
-use crate::cluster::{ObjectKind, watch};
 use crate::policy::world::World;
 
 /// A client of the cluster that kubectl would ask, and the cluster's address.
-async fn client() -> Result<(Client, String)> {
-    let config = watch::infer().await.map_err(|why| anyhow!(why))?;
+async fn client(args: &KubeArgs) -> Result<(Client, String)> {
+    let config = kubeconfig::cluster(args).await?;
     let url = config.cluster_url.to_string();
     let client = Client::try_from(config)
         .map_err(|error| anyhow!(error).context(format!("no client for {url}")))?;
@@ -25,12 +27,12 @@ async fn client() -> Result<(Client, String)> {
 ///
 /// # Errors
 /// There is no cluster, it does not answer, or pods may not be listed.
-pub fn ground() -> Result<Ground> {
+pub fn ground(args: &KubeArgs) -> Result<Ground> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        let (client, url) = client().await?;
+        let (client, url) = client(args).await?;
         let listed = list(&client)
             .await
             .map_err(|error| anyhow!(error).context(format!("asking {url}")))?;

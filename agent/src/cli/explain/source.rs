@@ -71,18 +71,18 @@ impl Source {
         if !args.objects.is_empty() {
             return files(&args.objects).map(Self::Ground);
         }
-        let is_named = args.from == From::Agent || args.socket.is_some();
+        let is_named = args.from == From::Agent || args.agents.socket.is_some();
         match args.from {
-            From::Cluster => cluster::ground().map(Self::Ground),
-            From::Agent | From::Auto if is_named => Agent::at(args.socket()).map(Self::Agent),
+            From::Cluster => cluster::ground(&args.agents.kube).map(Self::Ground),
+            From::Agent | From::Auto if is_named => Agent::at(&args.socket()).map(Self::Agent),
             From::Agent | From::Auto => {
-                let agent = Agent::at(args.socket())?;
+                let agent = Agent::at(&args.socket())?;
                 let why = match agent.knows_objects() {
                     Ok(true) => return Ok(Self::Agent(agent)),
                     Ok(false) => "the agent of this node knows no objects".to_owned(),
                     Err(error) => error.to_string(),
                 };
-                ground_of_cluster(&why).map(Self::Ground)
+                ground_of_cluster(&why, args).map(Self::Ground)
             }
         }
     }
@@ -139,8 +139,9 @@ impl Source {
 }
 
 /// The API server's objects; `why` no agent is asked belongs to the error if there is none either.
-fn ground_of_cluster(why: &str) -> Result<Ground> {
-    cluster::ground().map_err(|error| anyhow!("{why}; {}; or {OBJECTS}", sentence(&error)))
+fn ground_of_cluster(why: &str, args: &ExplainArgs) -> Result<Ground> {
+    cluster::ground(&args.agents.kube)
+        .map_err(|error| anyhow!("{why}; {}; or {OBJECTS}", sentence(&error)))
 }
 
 /// The objects for proposed policies: of files, else of the API server.
@@ -150,7 +151,8 @@ fn ground_of_cluster(why: &str) -> Result<Ground> {
 pub fn ground(args: &ExplainArgs) -> Result<Ground> {
     match args.objects.is_empty() {
         false => files(&args.objects),
-        true => cluster::ground().map_err(|error| anyhow!("{}; or {OBJECTS}", sentence(&error))),
+        true => cluster::ground(&args.agents.kube)
+            .map_err(|error| anyhow!("{}; or {OBJECTS}", sentence(&error))),
     }
 }
 

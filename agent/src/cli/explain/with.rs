@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `proposal.rs` | the proposed policies out of files |
 //! | `seen.rs` | the connections that agents see |
+//! | `agents.rs` | those of all agents of a cluster |
 //! | `report.rs` | what becomes of them, by pair of workloads |
 //! | `show.rs` | how that looks |
 
@@ -18,6 +19,7 @@ use crate::cli::format::clean_lines;
 use crate::cluster::ObjectKind;
 use crate::cluster::watch::KINDS;
 
+mod agents;
 mod proposal;
 mod report;
 mod seen;

@@ -10,12 +10,16 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result, bail};
 use hyper::body::Bytes;
 
+use super::agents;
+use crate::cli::cluster::Agents;
+use crate::cli::cluster::kubeconfig::{Target, target};
 use crate::cli::config::ExplainArgs;
 use crate::cli::connections::each_chunk;
 use crate::connections::{Connection, Line, Seen, Summary};
 use crate::event::{Endpoint, EndpointKind};
 use crate::policy::evaluate::{End, Flow, Who};
 use crate::policy::world::World;
+use crate::selection::Selection;
 
 /// No line is longer; what has one is no list of connections.
 const MAX_LINE_BYTES: u64 = 1 << 20;
@@ -39,8 +43,7 @@ pub struct SeenBy<'w> {
     pub unknown_ends: Vec<String>,
 }
 
-/// What `--connections` names, else what the local agent sees. Whoever collects from more agents adds
-/// their answers with [`SeenBy::take`].
+/// What `--connections` names, else what all agents of the cluster see, or the one of `--socket`.
 ///
 /// # Errors
 /// A file cannot be read or holds something else, or no agent answers.
@@ -57,9 +60,21 @@ pub fn collect<'w>(args: &ExplainArgs, world: &'w World) -> Result<SeenBy<'w>> {
             read.with_context(|| path.display().to_string())?;
         }
     }
-    if args.connections.is_empty() {
-        seen.ask(args.socket())?;
+    if !args.connections.is_empty() {
+        return Ok(seen);
     }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        match target(&args.agents).await? {
+            Target::Local(socket) => seen.ask(&socket).await,
+            Target::Cluster(config) => {
+                let agents = Agents::new(*config, &args.agents, Selection::default())?;
+                agents::collect(&agents, &mut seen).await
+            }
+        }
+    })?;
     Ok(seen)
 }
 
@@ -90,10 +105,7 @@ impl<'w> SeenBy<'w> {
     }
 
     /// What one agent answers.
-    fn ask(&mut self, socket: &Path) -> Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?;
+    async fn ask(&mut self, socket: &Path) -> Result<()> {
         let mut pending: Vec<u8> = Vec::new();
         let take = async |bytes: Bytes| {
             pending.extend_from_slice(&bytes);
@@ -104,7 +116,7 @@ impl<'w> SeenBy<'w> {
             }
             Ok(true)
         };
-        runtime.block_on(each_chunk(socket, take)).context(
+        each_chunk(socket, take).await.context(
             "connections come from the agent of a node; with --connections from what `whydrop \
              connections` printed on any number of them",
         )
