@@ -237,7 +237,7 @@ fn connections_are_told_with_what_was_looked_at() {
         (&json!("dropped"), &json!("web"), &json!(5432))
     );
     let conntrack = lines[1]["conntrack"].as_str().unwrap();
-    assert!(conntrack.contains("switched off"), "{conntrack}");
+    assert!(conntrack.contains("--conntrack off"), "{conntrack}");
 
     // Policies deny that pair now: nothing is taken away from it.
     let deny = agent.dir.path().join("deny.yaml");
@@ -261,7 +261,7 @@ fn connections_are_told_with_what_was_looked_at() {
     };
     let (code, text, _) = with(&objects());
     assert_eq!(code, Some(0), "{text}");
-    assert!(text.contains("conntrack: switched off"), "{text}");
+    assert!(text.contains("conntrack: not looked at"), "{text}");
     // Without the policy that denies it, the proposed one would.
     let (code, text, _) = with(&objects()[..4]);
     assert_eq!(code, Some(1), "{text}");

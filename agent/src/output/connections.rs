@@ -29,13 +29,13 @@ pub struct Told {
 /// Whether conntrack may be asked.
 ///
 /// # Errors
-/// It was switched off; says so.
+/// It is not; says so.
 pub fn may_ask(state: &State) -> Result<(), String> {
     let status = lock(&state.status);
     let is_on = status.sources.iter().any(|s| s.source == conntrack::SOURCE);
     match is_on {
         true => Ok(()),
-        false => Err("switched off (--conntrack off)".to_owned()),
+        false => Err("not looked at, because of --conntrack off or not yet".to_owned()),
     }
 }
 

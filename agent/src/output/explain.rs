@@ -16,12 +16,12 @@ use crate::source::conntrack;
 use crate::state::State;
 use crate::sync::lock;
 
-/// Questions that are worked out at once: with the largest clusters each is some 100 ms of a core, and the
-/// agent is to leave its node alone. More wait; they are connections to the local API, which are bounded.
+/// Questions that are worked out at once: each is up to some tenths of a second of a core, and the agent is to
+/// leave its node alone. More wait; they are connections to the local API, which are bounded.
 pub const AT_ONCE: usize = 2;
 
-/// Entries of a conntrack table that is read for one answer: some 50 ms. Of a larger one the count of
-/// connections is left out.
+/// Entries of a conntrack table that is looked through for one answer, at some microseconds each. Of a larger
+/// one the count of connections is left out.
 const MOST_ENTRIES: u64 = 50_000;
 
 /// Why there is no answer.
