@@ -88,10 +88,7 @@ fn a_policy_is_laid_against_the_connections_of_all_nodes() {
         ]
     );
     let asked = cluster.execs("node-a");
-    assert_eq!(
-        asked,
-        [["whydrop", "connections", "--socket=/run/whydrop/agent.sock"]]
-    );
+    assert_eq!(asked, [["connections", "--socket=/run/whydrop/agent.sock"]]);
 
     // Where nobody tells, nothing is safe.
     let silent = Cluster::start();
