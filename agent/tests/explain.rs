@@ -157,8 +157,15 @@ fn what_an_agent_cannot_answer_is_one_sentence() {
     }
     let (status, _) = agent.get("/v1/connections?x=1");
     assert_eq!(status, 400);
-    // A kind that the API server refuses makes the answer open, not wrong.
-    let source = |source, why: Option<&str>| {
+}
+
+#[test]
+fn a_kind_that_was_never_listed_makes_the_answer_open_and_not_wrong() {
+    let asked = |agent: &Agent| {
+        let (status, body) = agent.get("/v1/explain?src=shop/web&dst=db/pg-0");
+        (status, serde_json::from_str::<Value>(&body).unwrap())
+    };
+    let source = |agent: &Agent, source, why: Option<&str>| {
         agent.state.set_source(SourceStatus {
             source,
             up: why.is_none(),
@@ -167,50 +174,52 @@ fn what_an_agent_cannot_answer_is_one_sentence() {
             lost: None,
         });
     };
-    for kind in [
-        "cluster",
+    let agent = Agent::start();
+    load(&agent, &objects());
+    source(&agent, "cluster", None);
+    let (status, answer) = asked(&agent);
+    let error = answer["error"].as_str().unwrap();
+    assert_eq!(status, 503);
+    assert!(error.contains("pods are not listed yet"), "{error}");
+    let listed = [
         "cluster-pods",
         "cluster-nodes",
         "cluster-services",
-    ] {
-        source(kind, None);
+        "cluster-namespaces",
+    ];
+    for kind in listed {
+        source(&agent, kind, None);
     }
-    source("cluster-namespaces", None);
-    source(
-        "cluster-networkpolicies",
-        Some("not allowed to list networkpolicies"),
-    );
-    let asked = "/v1/explain?src=shop/web&dst=db/pg-0";
-    let (_, body) = agent.get(asked);
-    let known: Value = serde_json::from_str(&body).unwrap();
-    assert_eq!(
-        known["allowed"], false,
-        "what was listed once is known: {body}"
-    );
-    let agent = {
-        drop(agent);
-        let agent = Agent::start();
-        load(&agent, &objects()[..4]);
-        agent
-    };
-    let status = |source, why: Option<&str>| SourceStatus {
-        source,
-        up: why.is_none(),
-        hook: None,
-        why: why.map(str::to_owned),
-        lost: None,
-    };
-    agent.state.set_source(status("cluster", None));
-    let (_, body) = agent.get(asked);
-    let open: Value = serde_json::from_str(&body).unwrap();
-    assert_eq!(open["allowed"], Value::Null, "{body}");
-    assert_eq!(open["ingress"]["verdict"], "undefined");
-    let missing = open["missing"].to_string();
+    // Some of them are there, but not all.
+    let (_, answer) = asked(&agent);
+    assert_eq!(answer["allowed"], Value::Null, "{answer:#}");
+    assert_eq!(answer["ingress"]["verdict"], "undefined");
+    assert_eq!(answer["findings"], json!([]));
+    let missing = answer["missing"].to_string();
     assert!(
         missing.contains("networkpolicies are not listed yet"),
         "{missing}"
     );
-    assert_eq!(open["findings"], json!([]));
+    source(&agent, "cluster-networkpolicies", None);
+    assert_eq!(asked(&agent).1["allowed"], false);
+    // An outage leaves them as they were.
+    let refused = Some("not allowed to list networkpolicies");
+    source(&agent, "cluster-networkpolicies", refused);
+    assert_eq!(asked(&agent).1["allowed"], false);
+    // But of what was refused from the start nothing is known.
+    let agent = Agent::start();
+    load(&agent, &objects()[..4]);
+    for kind in listed.into_iter().chain(["cluster"]) {
+        source(&agent, kind, None);
+    }
+    source(&agent, "cluster-networkpolicies", refused);
+    let (_, answer) = asked(&agent);
+    assert_eq!(answer["allowed"], Value::Null, "{answer:#}");
+    assert!(
+        answer["missing"]
+            .to_string()
+            .contains("not allowed to list")
+    );
 }
 
 #[test]

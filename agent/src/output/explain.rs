@@ -91,7 +91,7 @@ fn ground(state: &State) -> Result<Ground, Refusal> {
     })
 }
 
-/// Kinds of which nothing was ever read: refused, or not listed yet.
+/// Kinds that were never read whole: refused, or not listed yet.
 fn missing(state: &State) -> Missing {
     let mut missing = Missing::default();
     let counts: Vec<usize> = state.index().counts().map(|(_, count)| count).collect();
@@ -105,8 +105,8 @@ fn missing(state: &State) -> Missing {
         let source = watch::source_of(kind);
         let source = status.sources.iter().find(|s| s.source == source);
         let why = match source {
-            _ if !is_empty => continue,
-            Some(source) if source.up => continue,
+            // What was listed once is as it was then.
+            Some(source) if source.up || !is_empty => continue,
             Some(source) => source.why.clone().unwrap_or_default(),
             // Not in every cluster, and not with `--watch node`.
             None if watch::OPTIONAL.contains(&kind) || kind == ObjectKind::EndpointSlice => {

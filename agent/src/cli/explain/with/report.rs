@@ -144,9 +144,10 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Nothing was seen because nobody could look.
+    /// Nothing was judged, because nobody could look or the objects hold no end of what was seen.
     pub fn is_blind(&self) -> bool {
-        self.checked.0 == 0 && self.nodes.iter().any(|node| !node.is_read())
+        let could_not = self.nodes.iter().any(|node| !node.is_read());
+        self.checked.0 == 0 && (could_not || self.unknown.0 > 0)
     }
 }
 
@@ -277,6 +278,10 @@ mod tests {
         assert!(text.contains("No connection was seen"), "{text}");
         let (_, text) = reported(&deny, &[&LOOKED.replace("read", "switched off")]);
         assert!(text.contains("switched off"), "{text}");
+        let (json, text) = reported(&deny, &[&WEB.replace("10.244.1.7", "10.244.1.99"), LOOKED]);
+        assert_eq!(json["checked"]["not_judged"], 12);
+        assert!(text.starts_with("None of 12 connections"), "{text}");
+        assert!(text.contains("could be judged"), "{text}");
         // Other connections go on.
         let (json, text) = reported(
             &deny,

@@ -16,6 +16,11 @@ pub fn text(report: &Report) -> String {
         counted(flows, "flow", "flows")
     );
     let mut text = match (flows, report.groups.is_empty()) {
+        (0, _) if report.unknown.0 > 0 => format!(
+            "None of {} that were seen could be judged: whether these policies would break one is \
+             not known.\n",
+            counted(report.unknown.0, "connection", "connections")
+        ),
         (0, _) => "No connection was seen: whether these policies would break one is not known. \
                    They are not safe for that.\n"
             .to_owned(),
@@ -98,23 +103,22 @@ fn notes(report: &Report) -> Vec<String> {
     let (unknown, ends) = report.unknown;
     if unknown > 0 {
         notes.push(format!(
-            "{unknown} connections were not judged, because the objects do not hold an end of them, \
-             as {}",
+            "not judged, because the objects do not hold an end of it: {}, as of {}",
+            counted(unknown, "connection", "connections"),
             ends.join(", ")
         ));
     }
     if report.denied_already > 0 {
         notes.push(format!(
-            "{} connections are there although policies deny them already: they are older than \
-             their policy, the objects are not up to date, or nobody enforces",
-            report.denied_already
+            "policies deny now already {} that are there all the same: older than their policy, of \
+             objects that are not up to date, or enforced by nobody",
+            counted(report.denied_already, "connection", "connections")
         ));
     }
     let left_out: u64 = report.nodes.iter().map(|node| node.left_out).sum();
     if left_out > 0 {
-        notes.push(format!(
-            "{left_out} connections found no room in the agents' answers"
-        ));
+        let left_out = counted(left_out, "connection", "connections");
+        notes.push(format!("no room in the agents' answers for {left_out}"));
     }
     for why in report.ground.missing.sentences() {
         notes.push(why.to_owned());
