@@ -431,7 +431,9 @@ fn given_up_just_after_the_timeout() -> Result<()> {
         let until = since.context("no connect")? + TIMEOUT + late;
         std::thread::sleep(until.saturating_duration_since(Instant::now()));
         // An attempt is known by its tuple, and the kernel may give a port that is free to the next one.
-        let closed = scene.lab.within(Host::Client, || hanging.close_and_hold())?;
+        let closed = scene
+            .lab
+            .within(Host::Client, || hanging.close_and_hold())?;
         held.extend(closed);
         unanswered::wait(&scene.lab, scene.agent(), &wanted)?;
     }
