@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use whydrop_ebpf::attempt::AttemptCpu;
 
 use crate::awaited::Awaited;
@@ -53,6 +54,8 @@ pub struct State {
     pub accept_queues: AcceptQueues,
     /// Drops are observed.
     pub observing: AtomicBool,
+    /// Since when: what was dropped before, this agent has not seen.
+    pub observing_since: OnceLock<Timestamp>,
     /// Addresses whose names are awaited.
     pub awaited: Awaited,
     /// Packets that policies denied.
@@ -179,6 +182,7 @@ impl State {
             errors,
             drainer: OnceLock::new(),
             observing: AtomicBool::new(false),
+            observing_since: OnceLock::new(),
             awaited: Awaited::default(),
             denials: Denials::default(),
             lookups: lookups::Totals::default(),
@@ -250,6 +254,7 @@ impl State {
             "version": env!("CARGO_PKG_VERSION"),
             "kernel": &*self.kernel,
             "ready": self.ready().is_ok(),
+            "observing_since": self.observing_since.get(),
             "sources": status.sources,
             "maps": status.maps,
             "programs": status.programs,
