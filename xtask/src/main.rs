@@ -9,6 +9,7 @@ mod dependencies;
 mod fuzz;
 mod image;
 mod kube;
+mod oci;
 mod prometheus;
 mod rust_src;
 mod setup;
