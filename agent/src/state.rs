@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use whydrop_ebpf::attempt::AttemptCpu;
 
 use crate::awaited::Awaited;
@@ -57,6 +58,8 @@ pub struct State {
     pub accept_queues: AcceptQueues,
     /// Drops are observed.
     pub observing: AtomicBool,
+    /// Since when: what was dropped before, this agent has not seen.
+    pub observing_since: OnceLock<Timestamp>,
     /// Addresses whose names are awaited.
     pub awaited: Awaited,
     /// Packets that policies denied.
@@ -188,6 +191,7 @@ impl State {
             errors,
             drainer: OnceLock::new(),
             observing: AtomicBool::new(false),
+            observing_since: OnceLock::new(),
             awaited: Awaited::default(),
             denials: Denials::default(),
             worlds: Worlds::default(),
@@ -262,6 +266,7 @@ impl State {
             "kernel": &*self.kernel,
             "since": format!("{:.0}", self.since),
             "ready": self.ready().is_ok(),
+            "observing_since": self.observing_since.get(),
             "sources": status.sources,
             "maps": status.maps,
             "programs": status.programs,

@@ -18,7 +18,7 @@ upstream=$(go mod download -json "k8s.io/kubernetes@v$kube" | sed -n 's/.*"GoMod
   printf '\nrequire k8s.io/kubernetes v%s\n\nreplace (\n' "$kube"
   sed -n 's#^\t\(k8s.io/[a-z-]*\) => ./staging/.*#\t\1 => \1 '"$staging"'#p' "$upstream"
   printf ')\n\ntool (\n'
-  for command in kube-apiserver kube-controller-manager kube-proxy kubectl; do
+  for command in kube-apiserver kube-controller-manager kube-proxy kube-scheduler kubectl kubelet; do
     printf '\tk8s.io/kubernetes/cmd/%s\n' "$command"
   done
   printf '\tgo.etcd.io/etcd/server/v3\n)\n'

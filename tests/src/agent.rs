@@ -1,8 +1,7 @@
 //! The agent as a process.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -18,6 +17,8 @@ use whydrop::event::Line;
 
 use crate::lab::{Lab, enter};
 use crate::objects;
+use crate::scrape;
+pub use crate::scrape::Sample;
 
 /// Until the agent must be ready: it reads the kernel's BTF and has its programs verified, on a
 /// machine where other tests do the same.
@@ -26,24 +27,6 @@ const START: Duration = Duration::from_secs(20);
 pub const STOP: Duration = Duration::from_secs(2);
 /// How often something is asked again until its deadline.
 pub const POLL: Duration = Duration::from_millis(20);
-
-/// One line of `/metrics`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Sample {
-    /// The metric's name.
-    pub name: String,
-    /// Its labels.
-    pub labels: BTreeMap<String, String>,
-    /// Its value.
-    pub value: f64,
-}
-
-impl Sample {
-    /// A label's value, empty where there is none.
-    pub fn label(&self, name: &str) -> &str {
-        self.labels.get(name).map_or("", String::as_str)
-    }
-}
 
 /// A line of the stream of events, as it came.
 #[derive(Clone, Debug)]
@@ -344,22 +327,10 @@ impl Agent {
     /// # Errors
     /// Nobody answers, or not in HTTP.
     pub fn get(&self, path: &str) -> Result<(u16, String)> {
-        let mut stream = self
+        let stream = self
             .connect()
             .with_context(|| format!("connect to the agent at {}", self.listen))?;
-        stream.set_read_timeout(Some(START))?;
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer
-            .split_once("\r\n\r\n")
-            .with_context(|| format!("{path} answers {answer:?}"))?;
-        let status = head
-            .split(' ')
-            .nth(1)
-            .and_then(|status| status.parse().ok())
-            .with_context(|| format!("{path} answers {head:?}"))?;
-        Ok((status, body.to_owned()))
+        scrape::get(stream, path)
     }
 
     /// A connection from the agent's own namespace.
@@ -386,10 +357,7 @@ impl Agent {
     pub fn metrics(&self) -> Result<Vec<Sample>> {
         let (status, body) = self.get("/metrics")?;
         ensure!(status == 200, "/metrics answers {status}: {body}");
-        body.lines()
-            .filter(|line| !line.is_empty() && !line.starts_with('#'))
-            .map(|line| parse(line).with_context(|| format!("a line of /metrics: {line:?}")))
-            .collect()
+        scrape::samples(&body)
     }
 
     /// Asks the agent to end and waits for it.
@@ -481,62 +449,4 @@ pub fn binary() -> Result<PathBuf> {
 
 fn read(text: &str) -> serde_json::Result<(Line, Value)> {
     Ok((serde_json::from_str(text)?, serde_json::from_str(text)?))
-}
-
-/// One sample line of the OpenMetrics text format.
-fn parse(line: &str) -> Result<Sample> {
-    let name_end = line.find(['{', ' ']).context("no value")?;
-    let (name, mut rest) = line.split_at(name_end);
-    let mut labels = BTreeMap::new();
-    if let Some(inner) = rest.strip_prefix('{') {
-        rest = inner;
-        loop {
-            rest = rest.trim_start_matches(',');
-            if let Some(after) = rest.strip_prefix('}') {
-                rest = after;
-                break;
-            }
-            let (label, value) = rest.split_once("=\"").context("a label without a value")?;
-            let mut text = String::new();
-            let mut characters = value.char_indices();
-            let end = loop {
-                match characters.next().context("an open quotation mark")? {
-                    (index, '"') => break index,
-                    (_, '\\') => match characters.next().context("an open escape")?.1 {
-                        'n' => text.push('\n'),
-                        other => text.push(other),
-                    },
-                    (_, other) => text.push(other),
-                }
-            };
-            labels.insert(label.to_owned(), text);
-            rest = &value[end + 1..];
-        }
-    }
-    let value = rest
-        .split_whitespace()
-        .next()
-        .context("no value")?
-        .parse()?;
-    Ok(Sample {
-        name: name.to_owned(),
-        labels,
-        value,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parses_samples() {
-        let sample = parse(r#"m_total{a="x",b="q\"\\\n, }",c=""} 12.5 1700000000"#).unwrap();
-        assert_eq!((sample.name.as_str(), sample.value), ("m_total", 12.5));
-        assert_eq!(sample.label("a"), "x");
-        assert_eq!(sample.label("b"), "q\"\\\n, }");
-        assert_eq!(sample.label("c"), "");
-        assert_eq!(parse("plain 3").unwrap().value, 3.0);
-        assert!(parse(r#"m{a="x} 1"#).is_err());
-    }
 }

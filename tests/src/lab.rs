@@ -408,6 +408,20 @@ pub fn mac_bytes(pod: Host, at_router: bool) -> [u8; 6] {
     [2, 0, 0, 0, pod as u8, if at_router { 1 } else { 2 }]
 }
 
+/// Takes what one test of a machine may have at a time, and waits for it. It is given back when the lock is
+/// dropped, or with the process.
+///
+/// # Errors
+/// The lock's file cannot be made.
+pub fn only_one(name: &str) -> Result<Flock<File>> {
+    fs::create_dir_all(LOCKS).with_context(|| format!("create {LOCKS}"))?;
+    loop {
+        if let Some(lock) = lock(&Path::new(LOCKS).join(name), FlockArg::LockExclusive)? {
+            return Ok(lock);
+        }
+    }
+}
+
 fn lock_path(id: u16) -> PathBuf {
     Path::new(LOCKS).join(id.to_string())
 }

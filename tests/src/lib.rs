@@ -22,6 +22,7 @@
 //! | [`kernel`] | what the kernel can do, and the programs and maps that a process has in it |
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
 //! | [`agent`] | the agent as a process: start, scrape, read events, stop |
+//! | [`scrape`] | what an agent serves over TCP |
 //! | [`scene`] | a lab with a dropper, an agent and a bystander: what nearly every test needs |
 //! | [`silence`] | thousands of connects and queries, a tenth unanswered |
 //! | [`bench`] | `cargo xtask bench`: what is measured, each beside a peer |
@@ -51,6 +52,7 @@ pub mod place;
 pub mod port;
 pub mod queries;
 pub mod scene;
+pub mod scrape;
 pub mod silence;
 pub mod sockets;
 pub mod tallies;

@@ -1,23 +1,13 @@
-//! `cargo xtask image`: the static binary as an OCI image archive, from scratch: one layer with one
-//! file. `ctr images import` and `podman load` read it.
-//!
-//! Nothing in it depends on when or where it was made, so the same binary gives the same bytes.
+//! `cargo xtask image`: the static binary as an OCI image archive.
 
-use std::{
-    env::consts::ARCH,
-    fs,
-    io::Write as _,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::PathBuf};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use flate2::{Compression, GzBuilder};
-use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
-use tar::{Builder, EntryType, Header};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
 
 use crate::{
     build::{self, target},
+    oci::{self, Image},
     setup,
 };
 
@@ -25,13 +15,6 @@ use crate::{
 const REPOSITORY: &str = "localhost/whydrop";
 /// What the archive may have at most. A node pulls it while somebody waits for an answer.
 const MAX_BYTES: usize = 15 << 20;
-/// Everything belongs to the time when nothing was made.
-const CREATED: &str = "1970-01-01T00:00:00Z";
-
-const INDEX: &str = "application/vnd.oci.image.index.v1+json";
-const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 
 /// Sets up, builds and prints the archive's path, name and size.
 pub fn run() -> Result<()> {
@@ -51,25 +34,27 @@ pub fn run() -> Result<()> {
 pub fn make() -> Result<PathBuf> {
     let binary = build::without_debug_info()?;
     let program = fs::read(&binary).with_context(|| format!("reading {}", binary.display()))?;
-    let bytes = archive(&program, architecture(ARCH)?)?;
+    let bytes = archive(&program)?;
     ensure!(
         bytes.len() <= MAX_BYTES,
         "the image has {} bytes, {MAX_BYTES} are allowed",
         bytes.len()
     );
     let path = target().join("whydrop.oci.tar");
-    write(&path, &bytes)?;
+    oci::write(&path, &bytes)?;
     Ok(path)
 }
 
-/// Whoever reads it at the same time sees the old archive or the new one, never half of one.
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let folder = path.parent().context("the archive needs a folder")?;
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(bytes)?;
-    file.persist(path)
-        .with_context(|| format!("writing {}", path.display()))?;
-    Ok(())
+/// As [`make`], twice, and the second archive is the first one to the byte.
+pub fn made_twice() -> Result<PathBuf> {
+    let first = fs::read(make()?)?;
+    let path = make()?;
+    ensure!(
+        fs::read(&path)? == first,
+        "{} differs from what the same source gave a moment ago",
+        path.display()
+    );
+    Ok(path)
 }
 
 /// The image's name, as `localhost/whydrop:0.1.0`.
@@ -77,257 +62,32 @@ pub fn name() -> String {
     format!("{REPOSITORY}:{}", env!("CARGO_PKG_VERSION"))
 }
 
-/// What OCI calls an architecture of Rust's.
-fn architecture(rust: &str) -> Result<&'static str> {
-    match rust {
-        "x86_64" => Ok("amd64"),
-        "aarch64" => Ok("arm64"),
-        other => bail!("no image for {other}: whydrop runs on x86_64 and aarch64"),
-    }
-}
-
-/// The archive: an OCI image layout with one image, whose only layer holds `/whydrop`.
-fn archive(program: &[u8], architecture: &str) -> Result<Vec<u8>> {
-    let files = tar([Entry::File("whydrop", program, 0o755)])?;
-    // GzBuilder writes neither a time nor a system unless it is told to.
-    let mut gzip = GzBuilder::new().write(Vec::new(), Compression::best());
-    gzip.write_all(&files)?;
-    let layer = Blob::new(LAYER, gzip.finish()?);
-    let config = Blob::json(
-        CONFIG,
-        &json!({
-            "created": CREATED,
-            "architecture": architecture,
-            "os": "linux",
-            "config": {
-                "Entrypoint": ["/whydrop"],
-                // So that `kubectl exec POD -- whydrop tail` finds it.
-                "Env": ["PATH=/"],
-                // Root: a process of another user keeps none of the capabilities that its pod is given,
-                // and files cannot give them either under `allowPrivilegeEscalation: false`.
-                "User": "0:0",
-                "Labels": {
-                    "org.opencontainers.image.title": "whydrop",
-                    "org.opencontainers.image.description": "Names the pods whose packets a node drops, and why",
-                    "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
-                    "org.opencontainers.image.licenses": "Apache-2.0 OR MIT",
-                },
-            },
-            "rootfs": {"type": "layers", "diff_ids": [digest(&files)]},
-            "history": [{"created": CREATED, "created_by": "cargo xtask image"}],
+/// The archive of a binary: `/whydrop` and nothing else.
+fn archive(program: &[u8]) -> Result<Vec<u8>> {
+    oci::archive(&Image {
+        name: &name(),
+        architecture: oci::architecture()?,
+        file: "whydrop",
+        program,
+        entrypoint: &["/whydrop"],
+        labels: json!({
+            "org.opencontainers.image.title": "whydrop",
+            "org.opencontainers.image.description": "Names the pods whose packets a node drops, and why",
+            "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
+            "org.opencontainers.image.licenses": "Apache-2.0 OR MIT",
         }),
-    )?;
-    let manifest = Blob::json(
-        MANIFEST,
-        &json!({
-            "schemaVersion": 2,
-            "mediaType": MANIFEST,
-            "config": config.descriptor(),
-            "layers": [layer.descriptor()],
-        }),
-    )?;
-    let mut described = manifest.descriptor();
-    described["platform"] = json!({"architecture": architecture, "os": "linux"});
-    described["annotations"] = json!({
-        // What containerd goes by, and what the specification and podman do.
-        "io.containerd.image.name": name(),
-        "org.opencontainers.image.ref.name": name(),
-    });
-    let index = serde_json::to_vec(
-        &json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [described]}),
-    )?;
-
-    let mut blobs = [config, layer, manifest].map(|blob| (blob.path(), blob.bytes));
-    blobs.sort();
-    let mut entries = vec![
-        Entry::File("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644),
-        Entry::File("index.json", &index, 0o644),
-        Entry::Folder("blobs/"),
-        Entry::Folder("blobs/sha256/"),
-    ];
-    entries.extend(
-        blobs
-            .iter()
-            .map(|(path, bytes)| Entry::File(path, bytes, 0o644)),
-    );
-    tar(entries)
-}
-
-/// Bytes that others name by their digest.
-struct Blob {
-    media_type: &'static str,
-    digest: String,
-    bytes: Vec<u8>,
-}
-
-impl Blob {
-    fn new(media_type: &'static str, bytes: Vec<u8>) -> Self {
-        Self {
-            media_type,
-            digest: digest(&bytes),
-            bytes,
-        }
-    }
-
-    fn json(media_type: &'static str, value: &Value) -> Result<Self> {
-        Ok(Self::new(media_type, serde_json::to_vec(value)?))
-    }
-
-    fn descriptor(&self) -> Value {
-        json!({"mediaType": self.media_type, "digest": self.digest, "size": self.bytes.len()})
-    }
-
-    fn path(&self) -> String {
-        format!("blobs/{}", self.digest.replace(':', "/"))
-    }
-}
-
-fn digest(bytes: &[u8]) -> String {
-    let hex: String = Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
-    format!("sha256:{hex}")
-}
-
-/// What a tar archive holds: name, content, mode.
-enum Entry<'a> {
-    Folder(&'a str),
-    File(&'a str, &'a [u8], u32),
-}
-
-/// An archive whose files belong to root and to no time.
-fn tar<'a>(entries: impl IntoIterator<Item = Entry<'a>>) -> Result<Vec<u8>> {
-    let mut builder = Builder::new(Vec::new());
-    for entry in entries {
-        let (name, content, mode, kind) = match entry {
-            Entry::Folder(name) => (name, &[][..], 0o755, EntryType::Directory),
-            Entry::File(name, content, mode) => (name, content, mode, EntryType::Regular),
-        };
-        let mut header = Header::new_ustar();
-        header.set_entry_type(kind);
-        header.set_mode(mode);
-        header.set_uid(0);
-        header.set_gid(0);
-        header.set_mtime(0);
-        header.set_size(content.len() as u64);
-        builder.append_data(&mut header, name, content)?;
-    }
-    Ok(builder.into_inner()?)
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, io::Read as _};
-
-    use flate2::read::GzDecoder;
-
     use super::*;
-    use crate::command::{command, output, root};
-
-    /// Stands for the binary.
-    const PROGRAM: &[u8] = b"\x7fELF, and what else a program has\n";
-
-    /// The regular files of an archive, read by the same crate but not by the code above.
-    fn files(bytes: &[u8]) -> BTreeMap<String, Vec<u8>> {
-        let mut files = BTreeMap::new();
-        for entry in tar::Archive::new(bytes).entries().unwrap() {
-            let mut entry = entry.unwrap();
-            let header = entry.header();
-            assert_eq!(header.mtime().unwrap(), 0);
-            assert_eq!((header.uid().unwrap(), header.gid().unwrap()), (0, 0));
-            if header.entry_type().is_file() {
-                let name = entry.path().unwrap().to_str().unwrap().to_owned();
-                let mut content = Vec::new();
-                entry.read_to_end(&mut content).unwrap();
-                files.insert(name, content);
-            }
-        }
-        files
-    }
-
-    fn parsed(bytes: &[u8]) -> Value {
-        serde_json::from_slice(bytes).unwrap()
-    }
-
-    /// What a descriptor points to, of the right size.
-    fn blob(files: &BTreeMap<String, Vec<u8>>, descriptor: &Value) -> Vec<u8> {
-        let digest = descriptor["digest"].as_str().unwrap();
-        let bytes = &files[&format!("blobs/{}", digest.replace(':', "/"))];
-        assert_eq!(descriptor["size"], bytes.len());
-        bytes.clone()
-    }
-
-    #[test]
-    fn the_same_program_gives_the_same_bytes() {
-        let first = archive(PROGRAM, "amd64").unwrap();
-        assert_eq!(first, archive(PROGRAM, "amd64").unwrap());
-        assert_ne!(first, archive(b"another", "amd64").unwrap());
-        assert_ne!(first, archive(PROGRAM, "arm64").unwrap());
-        // The same bytes on any machine and day: no time, name or system is in the layer.
-        let files = files(&first);
-        let layers = files
-            .values()
-            .filter(|bytes| bytes.starts_with(&[0x1f, 0x8b]));
-        for layer in layers {
-            assert_eq!(layer[3..8], [0; 5], "flags and time of the gzip header");
-            assert_eq!(layer[9], 255, "the system of the gzip header");
-        }
-    }
-
-    #[test]
-    fn every_digest_is_that_of_its_content() {
-        let folder = tempfile::tempdir().unwrap();
-        let bytes = archive(PROGRAM, "amd64").unwrap();
-        tar::Archive::new(&bytes[..]).unpack(folder.path()).unwrap();
-        let blobs = folder.path().join("blobs/sha256");
-        let mut count = 0;
-        for entry in fs::read_dir(&blobs).unwrap() {
-            let path = entry.unwrap().path();
-            // Somebody else's SHA-256.
-            let sum = output(command("sha256sum").arg(&path)).unwrap();
-            let name = path.file_name().unwrap().to_str().unwrap();
-            assert_eq!(sum.split_whitespace().next(), Some(name));
-            count += 1;
-        }
-        assert_eq!(count, 3, "config, layer and manifest");
-    }
-
-    #[test]
-    fn the_layer_is_the_program_alone_and_the_config_starts_it() {
-        let files = files(&archive(PROGRAM, "arm64").unwrap());
-        assert_eq!(
-            parsed(&files["oci-layout"]),
-            json!({"imageLayoutVersion": "1.0.0"})
-        );
-        let index = parsed(&files["index.json"]);
-        assert_eq!(index["manifests"].as_array().unwrap().len(), 1);
-        let manifest = parsed(&blob(&files, &index["manifests"][0]));
-        let config = parsed(&blob(&files, &manifest["config"]));
-        assert_eq!(config["architecture"], "arm64");
-        assert_eq!(config["os"], "linux");
-        assert_eq!(config["config"]["Entrypoint"], json!(["/whydrop"]));
-        assert_eq!(config["config"]["User"], "0:0");
-
-        assert_eq!(manifest["layers"].as_array().unwrap().len(), 1);
-        let mut layer = Vec::new();
-        let zipped = blob(&files, &manifest["layers"][0]);
-        GzDecoder::new(&zipped[..]).read_to_end(&mut layer).unwrap();
-        assert_eq!(config["rootfs"]["diff_ids"], json!([digest(&layer)]));
-        let mut layer = tar::Archive::new(&layer[..]);
-        let mut entries = layer.entries().unwrap();
-        let mut entry = entries.next().unwrap().unwrap();
-        assert_eq!(entry.path().unwrap(), Path::new("whydrop"));
-        assert_eq!(entry.header().mode().unwrap(), 0o755);
-        let mut content = Vec::new();
-        entry.read_to_end(&mut content).unwrap();
-        assert_eq!(content, PROGRAM);
-        assert!(entries.next().is_none());
-    }
+    use crate::command::root;
+    use crate::oci::tests::{files, parsed};
 
     #[test]
     fn its_name_is_the_one_that_the_manifest_asks_for() {
-        let index = parsed(&files(&archive(PROGRAM, "amd64").unwrap())["index.json"]);
+        let index = parsed(&files(&archive(b"program").unwrap())["index.json"]);
         let annotations = &index["manifests"][0]["annotations"];
         assert_eq!(annotations["io.containerd.image.name"], name());
         assert_eq!(annotations["org.opencontainers.image.ref.name"], name());

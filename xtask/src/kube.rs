@@ -4,20 +4,31 @@
 use std::{env, fs, path::PathBuf, time::Instant};
 
 use anyhow::{Context as _, Result};
+use serde_json::json;
 
 use crate::{
     build,
     command::{command, find, output, root, run as execute},
+    oci::{self, Image},
 };
 
 /// What the tests run, and each one's Go package.
-const PROGRAMS: [(&str, &str); 3] = [
+const PROGRAMS: [(&str, &str); 7] = [
     ("etcd", "go.etcd.io/etcd/server/v3"),
     ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
+    (
+        "kube-controller-manager",
+        "k8s.io/kubernetes/cmd/kube-controller-manager",
+    ),
     ("kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"),
+    ("kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"),
+    ("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
+    ("kubelet", "k8s.io/kubernetes/cmd/kubelet"),
 ];
+/// The image of the real node's pods; tests/kube/src/node.rs asks for the same one.
+const BUSYBOX: &str = "localhost/busybox:1";
 
-/// The folder with all programs. Four minutes on two idle cores where they must be built.
+/// The folder with all programs. Six minutes on two idle cores where they must be built.
 ///
 /// # Errors
 /// There is no Go, no module proxy answers, or a program does not build.
@@ -64,6 +75,28 @@ pub fn programs() -> Result<PathBuf> {
     }
     fs::write(&stamp, wanted).with_context(|| format!("write {}", stamp.display()))?;
     Ok(folder)
+}
+
+/// The image of the real node's pods, and of what holds a pod's namespaces, as an archive: Debian's static
+/// busybox. No registry is asked for one.
+///
+/// # Errors
+/// There is no busybox.
+pub fn busybox() -> Result<PathBuf> {
+    let binary = find("busybox").context("there is no busybox (package busybox-static)")?;
+    let program = fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
+    let image = Image {
+        name: BUSYBOX,
+        architecture: oci::architecture()?,
+        file: "busybox",
+        program: &program,
+        // By itself it does nothing for as long as it is let.
+        entrypoint: &["/busybox", "sleep", "2147483647"],
+        labels: json!({}),
+    };
+    let path = build::target().join("kube/busybox.oci.tar");
+    oci::write(&path, &oci::archive(&image)?)?;
+    Ok(path)
 }
 
 /// The version that the programs tell; without it an API server says that it is v0.0.0.

@@ -14,6 +14,7 @@ use crate::{
 };
 
 const PACKAGE: &str = "prometheus";
+const PROGRAMS: [&str; 2] = ["prometheus", "promtool"];
 
 /// Where a program is, if it is there.
 pub fn program(name: &str) -> Option<PathBuf> {
@@ -23,7 +24,8 @@ pub fn program(name: &str) -> Option<PathBuf> {
 
 /// Gets what is missing.
 pub fn fetch() -> Result<()> {
-    if program("promtool").is_some() {
+    let has_all = || PROGRAMS.iter().all(|name| program(name).is_some());
+    if has_all() {
         return Ok(());
     }
     for tool in ["apt-get", "dpkg-deb"] {
@@ -40,10 +42,7 @@ pub fn fetch() -> Result<()> {
         fs::remove_dir_all(&kept)?;
     }
     fs::rename(unpacked, kept)?;
-    ensure!(
-        program("promtool").is_some(),
-        "Debian's {PACKAGE} has no promtool"
-    );
+    ensure!(has_all(), "Debian's {PACKAGE} lacks one of {PROGRAMS:?}");
     Ok(())
 }
 

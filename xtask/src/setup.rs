@@ -26,10 +26,12 @@ pub enum Need {
     Vm,
     /// No API server can be built to test against.
     Kube,
+    /// No kubelet can run pods.
+    Node,
     /// The fuzz targets cannot be built.
     Fuzz,
-    /// Prometheus' own check of the rules cannot run.
-    Rules,
+    /// Prometheus can neither check the rules nor scrape.
+    Prometheus,
     /// `cargo fmt` cannot run.
     Format,
     /// `cargo clippy` cannot run.
@@ -73,22 +75,22 @@ impl Found {
         self
     }
 
-    /// Installs what building an API server needs as well.
+    /// Installs what building a Kubernetes and running a node of it needs as well.
     pub fn with_kube(mut self) -> Self {
         let known = self.missing.len();
-        packages(&mut self, |need| need == Need::Kube);
+        packages(&mut self, |need| matches!(need, Need::Kube | Need::Node));
         self.say(known);
         self
     }
 
-    /// Fetches what checks Prometheus' rules: 20 MB that only the group `deploy` needs.
-    pub fn with_rules(mut self) -> Self {
+    /// Fetches Prometheus: 20 MB that only the groups `deploy` and `kube` need.
+    pub fn with_prometheus(mut self) -> Self {
         let known = self.missing.len();
         if let Err(error) = prometheus::fetch() {
             self.missing.push(Missing {
-                what: "promtool".to_owned(),
-                need: Need::Rules,
-                advice: format!("{error:#}; install Prometheus, which has it"),
+                what: "prometheus".to_owned(),
+                need: Need::Prometheus,
+                advice: format!("{error:#}; install Prometheus"),
             });
         }
         self.say(known);
@@ -157,6 +159,17 @@ const PACKAGES: &[Package] = &[
         programs: &["go"],
         need: Need::Kube,
     },
+    node(
+        "containerd",
+        &["containerd", "ctr", "containerd-shim-runc-v2"],
+    ),
+    node("runc", &["runc"]),
+    // Programs that no PATH names.
+    node(
+        "containernetworking-plugins",
+        &["/usr/lib/cni/ptp", "/usr/lib/cni/host-local"],
+    ),
+    node("busybox-static", &["busybox"]),
     Package {
         name: "g++",
         programs: &["c++"],
@@ -180,6 +193,14 @@ const fn vm(name: &'static str, programs: &'static [&'static str]) -> Package {
     }
 }
 
+const fn node(name: &'static str, programs: &'static [&'static str]) -> Package {
+    Package {
+        name,
+        programs,
+        need: Need::Node,
+    }
+}
+
 impl Package {
     fn lacks(&self) -> Vec<&'static str> {
         let programs = self.programs.iter().copied();
@@ -187,13 +208,15 @@ impl Package {
     }
 }
 
-/// Installs what is missing, but not what virtual machines or an API server need. Errors only where the toolchain
+/// Installs what is missing, but not what virtual machines or a cluster need. Errors only where the toolchain
 /// itself does not answer; a part that cannot be installed is reported in what it returns.
 pub fn run() -> Result<Found> {
     let mut found = Found::default();
     rust_components(&mut found)?;
     bpf_linker(&mut found);
-    packages(&mut found, |need| !matches!(need, Need::Vm | Need::Kube));
+    packages(&mut found, |need| {
+        !matches!(need, Need::Vm | Need::Kube | Need::Node)
+    });
     found.say(0);
     Ok(found)
 }

@@ -14,7 +14,7 @@ use nix::unistd::geteuid;
 use crate::{
     build,
     command::{cargo, command, root, run as execute},
-    dependencies, fuzz, kube, prometheus,
+    dependencies, fuzz, image, kube, prometheus,
     setup::{self, Found, Need},
     vm::{self, matrix::Matrix},
 };
@@ -39,7 +39,7 @@ enum Group {
     Netns,
     /// The same in virtual machines, on other kernels
     Vm,
-    /// Against a real API server, built once if there is none, and a real kube-proxy (root)
+    /// Against a real API server, kube-proxy and kubelet, built once if there are none (root)
     Kube,
     /// The manifests, rules and dashboards
     Deploy,
@@ -63,8 +63,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if groups.contains(&Group::Kube) {
         found = found.with_kube();
     }
-    if groups.contains(&Group::Deploy) {
-        found = found.with_rules();
+    if groups.contains(&Group::Deploy) || groups.contains(&Group::Kube) {
+        found = found.with_prometheus();
     }
     found.ready_to_build()?;
     let outcomes: Vec<_> = groups
@@ -141,7 +141,7 @@ fn run_steps(steps: &[Step], found: &Found) -> Outcome {
 fn deploy(found: &Found) -> Outcome {
     let steps: [Step; 2] = [
         ("manifests", None, manifests),
-        ("rules", Some(Need::Rules), rules),
+        ("rules", Some(Need::Prometheus), rules),
     ];
     run_steps(&steps, found)
 }
@@ -149,7 +149,7 @@ fn deploy(found: &Found) -> Outcome {
 /// What the manifests and the runbook say against the code.
 fn manifests() -> Result<()> {
     execute(own_tests().arg("--test=deploy"))?;
-    execute(own_tests().args(["--bin=xtask", "image::"]))
+    execute(own_tests().args(["--bin=xtask", "--", "image::", "oci::"]))
 }
 
 /// Prometheus' own judgement of the rules, and its run of their tests.
@@ -253,22 +253,32 @@ fn kubernetes(found: &Found) -> Outcome {
         return Outcome::Skipped(reason);
     }
     let has_assets = setup::variable("KUBEBUILDER_ASSETS").is_some();
-    if let Some(reason) = found.lacks(Need::Kube).filter(|_| !has_assets) {
+    let lacks_programs = found.lacks(Need::Kube).filter(|_| !has_assets);
+    if let Some(reason) = lacks_programs
+        .or_else(|| found.lacks(Need::Node))
+        .or_else(|| found.lacks(Need::Prometheus))
+    {
         return Outcome::Skipped(reason);
     }
     let tests = || {
         let programs = kube::programs()?;
         let fixes = fixes()?;
+        let prometheus = prometheus::program("prometheus").context("there is no prometheus")?;
+        let promtool = prometheus::program("promtool").context("there is no promtool")?;
         execute(cargo("build").arg("--package=whydrop"))?;
         execute(
             cargo("test")
                 .args(["--package=whydrop-kube-tests", "--no-fail-fast"])
                 .env("WHYDROP_KUBE_PROGRAMS", programs)
-                .env("WHYDROP_TEST_FIXES", fixes),
+                .env("WHYDROP_TEST_FIXES", fixes)
+                .env("WHYDROP_IMAGE", image::made_twice()?)
+                .env("WHYDROP_BUSYBOX_IMAGE", kube::busybox()?)
+                .env("WHYDROP_PROMETHEUS", prometheus)
+                .env("WHYDROP_PROMTOOL", promtool),
         )
     };
     match tests() {
-        Ok(()) => Outcome::Passed("a real API server, kube-proxy, and drops".to_owned()),
+        Ok(()) => Outcome::Passed("a real API server, kube-proxy, kubelet, and drops".to_owned()),
         Err(error) => Outcome::Failed(format!("{error:#}")),
     }
 }

@@ -296,6 +296,10 @@ impl Observer {
         // The state is new, so nobody has set it.
         let _ = state.drainer.set(drainer);
         state.observing.store(sees_drops, Ordering::Relaxed);
+        if sees_drops {
+            // The state is new, so nobody has set it.
+            let _ = state.observing_since.set(Timestamp::now());
+        }
         let (forwarded, conntrack) = sources::watch_conntrack(state, options, died)?;
         let decoder = Decoder::new(
             Names {

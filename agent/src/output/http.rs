@@ -14,7 +14,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{RawQuery, State as Shared};
-use axum::http::{Method, StatusCode, Uri, header};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
@@ -29,6 +29,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::answer::question;
+use crate::output::classic;
 use crate::output::explain::Refusal;
 use crate::output::query::Query;
 use crate::output::socket::LocalSocket;
@@ -198,10 +199,15 @@ struct Local {
     dumping: Arc<Semaphore>,
 }
 
-async fn metrics(Shared(state): Shared<Arc<State>>) -> Response {
+async fn metrics(Shared(state): Shared<Arc<State>>, headers: HeaderMap) -> Response {
     state.flush().await;
     let text = crate::output::metrics::encode(&state);
-    ([(header::CONTENT_TYPE, OPENMETRICS)], text).into_response()
+    let accept = headers.get(header::ACCEPT).and_then(|a| a.to_str().ok());
+    let (kind, text) = match classic::is_asked_for(accept.unwrap_or_default()) {
+        true => (classic::CONTENT_TYPE, classic::from_openmetrics(&text)),
+        false => (OPENMETRICS, text),
+    };
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
 }
 
 async fn ready(Shared(state): Shared<Arc<State>>) -> Response {

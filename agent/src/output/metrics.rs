@@ -109,6 +109,17 @@ impl Collector for Metrics {
         sources(&mut encoder, &lock(&state.status))?;
         gauges(
             &mut encoder,
+            (
+                "whydrop_observing_since_timestamp_seconds",
+                "Since when this agent sees drops: what was dropped before is in no counter of it",
+            ),
+            state
+                .observing_since
+                .get()
+                .map(|since| (Vec::new(), since.as_second().unsigned_abs())),
+        )?;
+        gauges(
+            &mut encoder,
             ("whydrop_index_objects", "Kubernetes objects known, by kind"),
             state
                 .index()

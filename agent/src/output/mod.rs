@@ -7,9 +7,11 @@
 //! | [`mod@explain`] | `/v1/explain` |
 //! | [`connections`] | `/v1/connections` |
 //! | [`metrics`] | every metric |
+//! | [`classic`] | the same in Prometheus' older text format |
 //! | [`http`] | `/metrics` over TCP, the local API over the unix socket |
 //! | [`socket`] | a unix socket that only one agent owns |
 
+pub mod classic;
 pub mod connections;
 pub mod explain;
 pub mod http;

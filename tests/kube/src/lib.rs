@@ -1,10 +1,15 @@
-//! A real etcd and kube-apiserver, objects in them, and agents that follow them.
+//! A real etcd and kube-apiserver, objects in them, and agents that follow them; a real kubelet, and the agent
+//! as it runs in a pod.
 //!
 //! `cargo xtask test kube` builds the programs and runs the tests; they are Kubernetes' own, at the
 //! version of go.mod beside this package.
 
 pub mod bench;
+pub mod certificates;
+pub mod cluster;
+pub mod controllers;
 pub mod follower;
+pub mod node;
 pub mod objects;
 pub mod proxy;
 pub mod server;

@@ -1,8 +1,8 @@
-//! etcd and kube-apiserver as processes, on loopback and on a unix socket, in a folder that goes with
-//! them.
+//! etcd and kube-apiserver as processes, on an address of this namespace and on a unix socket, in a folder
+//! that goes with them.
 
 use std::fs::{self, File};
-use std::net::TcpListener;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,12 +12,10 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair,
-};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
+
+use crate::certificates::Authority;
 
 /// Ready in 4 s on an idle machine.
 const START: Duration = Duration::from_secs(90);
@@ -33,11 +31,32 @@ pub enum User {
     Named(&'static str),
 }
 
-/// The cluster's own certificates.
-type Authority = CertifiedIssuer<'static, KeyPair>;
-
 /// A program that ends with who started it.
-struct Running(Child);
+pub(crate) struct Running(pub(crate) Child);
+
+/// How a server differs from one that only keeps objects.
+pub struct Options {
+    /// The cluster's Service addresses.
+    pub service_ranges: String,
+    /// Where the API server listens.
+    pub address: IpAddr,
+    /// Whose requests are written down.
+    pub audited: Option<&'static str>,
+    /// The first of the Service addresses, at which pods find the API server. Their ServiceAccounts are then
+    /// asked for, which a controller must make.
+    pub serves_pods_at: Option<IpAddr>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            service_ranges: SERVICE_RANGE.to_owned(),
+            address: Ipv4Addr::LOCALHOST.into(),
+            audited: None,
+            serves_pods_at: None,
+        }
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -51,9 +70,7 @@ pub struct Server {
     authority: Authority,
     /// Of the API server that can be killed; a kubeconfig names it.
     port: u16,
-    service_ranges: String,
-    /// Whose requests are written down.
-    audited: Option<&'static str>,
+    options: Options,
     api: Option<Running>,
     _etcd: Running,
     folder: TempDir,
@@ -74,7 +91,12 @@ impl Server {
     /// # Errors
     /// As [`Server::start`].
     pub async fn start_with(service_ranges: &str) -> Result<Self> {
-        Self::start_as(service_ranges, None).await
+        let service_ranges = service_ranges.to_owned();
+        Self::start_as(Options {
+            service_ranges,
+            ..Options::default()
+        })
+        .await
     }
 
     /// As [`Server::start`]; each request of a user is written down.
@@ -82,12 +104,24 @@ impl Server {
     /// # Errors
     /// As [`Server::start`].
     pub async fn start_audited(user: &'static str) -> Result<Self> {
-        Self::start_as(SERVICE_RANGE, Some(user)).await
+        Self::start_as(Options {
+            audited: Some(user),
+            ..Options::default()
+        })
+        .await
     }
 
-    async fn start_as(service_ranges: &str, audited: Option<&'static str>) -> Result<Self> {
+    /// As [`Server::start`], with all options.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub async fn start_as(options: Options) -> Result<Self> {
         let folder = tempfile::tempdir().context("make a temporary folder")?;
-        let authority = certificates(folder.path())?;
+        let authority = Authority::new(folder.path())?;
+        let mut names = ["127.0.0.1", "localhost"].map(str::to_owned).to_vec();
+        names.push(options.address.to_string());
+        names.extend(options.serves_pods_at.map(|ip| ip.to_string()));
+        authority.server(folder.path(), names)?;
         let socket = folder.path().join("etcd.sock");
         let mut etcd = program("etcd")?;
         etcd.args(["--unsafe-no-fsync", "--logger=zap", "--log-level=warn"])
@@ -104,8 +138,7 @@ impl Server {
         let mut server = Self {
             authority,
             port: free_port()?,
-            service_ranges: service_ranges.to_owned(),
-            audited,
+            options,
             api: None,
             _etcd: etcd,
             folder,
@@ -143,7 +176,8 @@ impl Server {
         let file = |name: &str| folder.join(name).into_os_string();
         api.arg("--etcd-servers")
             .arg(format!("unix://{}", folder.join("etcd.sock").display()))
-            .args(["--bind-address=127.0.0.1", "--advertise-address=127.0.0.1"])
+            .arg(format!("--bind-address={}", self.options.address))
+            .arg(format!("--advertise-address={}", self.options.address))
             .arg(format!("--secure-port={port}"))
             .arg("--tls-cert-file")
             .arg(file("server.crt"))
@@ -159,12 +193,23 @@ impl Server {
             .arg(file("server.key"))
             .arg(format!(
                 "--service-cluster-ip-range={}",
-                self.service_ranges
+                self.options.service_ranges
             ))
-            .args(["--authorization-mode=RBAC", "--profiling=false"])
+            .args(["--authorization-mode=RBAC", "--profiling=false"]);
+        if self.options.serves_pods_at.is_none() {
             // Nobody makes the ServiceAccounts that pods would get.
-            .arg("--disable-admission-plugins=ServiceAccount");
-        if let Some(user) = self.audited {
+            api.arg("--disable-admission-plugins=ServiceAccount");
+        } else {
+            let name = "kubelets-client";
+            let pair = self.authority.user(folder, name, Some("system:masters"))?;
+            api.arg("--allow-privileged")
+                .arg("--kubelet-preferred-address-types=InternalIP")
+                .arg("--kubelet-client-certificate")
+                .arg(pair.certificate)
+                .arg("--kubelet-client-key")
+                .arg(pair.key);
+        }
+        if let Some(user) = self.options.audited {
             let policy = json!({
                 "apiVersion": "audit.k8s.io/v1", "kind": "Policy",
                 "omitStages": ["ResponseStarted", "ResponseComplete", "Panic"],
@@ -184,14 +229,21 @@ impl Server {
     /// # Errors
     /// They are not written down.
     pub fn audited(&self) -> Result<Vec<String>> {
+        let request = |entry: &Value| {
+            let text = |name: &str| entry[name].as_str().unwrap_or_default();
+            format!("{} {}", text("verb"), text("requestURI"))
+        };
+        Ok(self.audit()?.iter().map(request).collect())
+    }
+
+    /// The same as the API server wrote them: entries of `audit.k8s.io/v1`.
+    ///
+    /// # Errors
+    /// As [`Server::audited`].
+    pub fn audit(&self) -> Result<Vec<Value>> {
         let log = fs::read_to_string(self.folder.path().join("audit.log"))?;
-        log.lines()
-            .map(|line| {
-                let entry: serde_json::Value = serde_json::from_str(line)?;
-                let text = |name: &str| entry[name].as_str().unwrap_or_default();
-                Ok(format!("{} {}", text("verb"), text("requestURI")))
-            })
-            .collect()
+        let entries = log.lines().map(serde_json::from_str);
+        Ok(entries.collect::<serde_json::Result<_>>()?)
     }
 
     /// As [`Server::kubeconfig`], but through another port of this machine.
@@ -298,7 +350,7 @@ impl Server {
         self.config_of(self.port, &json!({"tokenFile": file})).await
     }
 
-    async fn config_of(&self, port: u16, user: &serde_json::Value) -> Result<Config> {
+    async fn config_of(&self, port: u16, user: &Value) -> Result<Config> {
         let text = self.kubeconfig_text(port, user).to_string();
         let parsed = Kubeconfig::from_yaml(&text).context("read the kubeconfig")?;
         Config::from_custom_kubeconfig(parsed, &KubeConfigOptions::default())
@@ -311,33 +363,17 @@ impl Server {
             User::Admin => ("admin", Some("system:masters")),
             User::Named(name) => (name, None),
         };
-        let key = KeyPair::generate()?;
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, name);
-        if let Some(group) = group {
-            let organization = DnType::OrganizationName;
-            params.distinguished_name.push(organization, group);
-        }
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = params.signed_by(&key, &self.authority)?;
-        let write = |end: &str, text: String| -> Result<PathBuf> {
-            let path = self.folder.path().join(format!("{name}.{end}"));
-            fs::write(&path, text)?;
-            Ok(path)
-        };
-        let user = json!({
-            "client-certificate": write("crt", certificate.pem())?,
-            "client-key": write("key", key.serialize_pem())?,
-        });
+        let pair = self.authority.user(self.folder.path(), name, group)?;
+        let user = json!({"client-certificate": pair.certificate, "client-key": pair.key});
         // JSON is YAML.
         Ok(self.kubeconfig_text(port, &user).to_string())
     }
 
-    fn kubeconfig_text(&self, port: u16, user: &serde_json::Value) -> serde_json::Value {
+    fn kubeconfig_text(&self, port: u16, user: &Value) -> Value {
         json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "lab",
             "clusters": [{"name": "lab", "cluster": {
-                "server": format!("https://127.0.0.1:{port}"),
+                "server": format!("https://{}", SocketAddr::new(self.options.address, port)),
                 "certificate-authority": self.folder.path().join("ca.crt"),
             }}],
             "users": [{"name": "user", "user": user}],
@@ -349,6 +385,11 @@ impl Server {
     pub fn port(&self) -> u16 {
         self.port
     }
+
+    /// What all files of the cluster lie in.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
 }
 
 /// A second API server on the same etcd.
@@ -356,28 +397,6 @@ pub struct Second {
     /// Its client, of the admin.
     pub client: Client,
     _api: Running,
-}
-
-/// The CA and the server's certificate, as files.
-fn certificates(folder: &Path) -> Result<Authority> {
-    let mut params = CertificateParams::default();
-    params.distinguished_name.push(DnType::CommonName, "lab");
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
-    let key = KeyPair::generate()?;
-    let names = ["127.0.0.1", "localhost", "10.96.0.1"].map(str::to_owned);
-    let mut params = CertificateParams::new(names)?;
-    params.distinguished_name.push(DnType::CommonName, "api");
-    let server = params.signed_by(&key, &authority)?;
-    let files = [
-        ("ca.crt", authority.pem()),
-        ("server.crt", server.pem()),
-        ("server.key", key.serialize_pem()),
-    ];
-    for (name, text) in files {
-        fs::write(folder.join(name), text).with_context(|| format!("write {name}"))?;
-    }
-    Ok(authority)
 }
 
 /// A program of Kubernetes: ends when the thread ends that started it, in whatever way.
@@ -403,7 +422,8 @@ pub fn program(name: &str) -> Result<Command> {
     Ok(command)
 }
 
-fn start(mut command: Command, log: &Path) -> Result<Running> {
+/// Starts a program whose output goes to a file.
+pub(crate) fn start(mut command: Command, log: &Path) -> Result<Running> {
     let file = File::create(log).with_context(|| format!("create {}", log.display()))?;
     command
         .stdin(Stdio::null())

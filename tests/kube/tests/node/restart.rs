@@ -1,0 +1,280 @@
+//! A rolling restart while packets are dropped, and how fast the new agent sees one.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader};
+use std::net::{Ipv4Addr, UdpSocket};
+use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use jiff::Timestamp;
+use serde_json::Value;
+use whydrop::event::Line;
+use whydrop_kube_tests::cluster::{Cluster, until};
+use whydrop_tests::counters;
+use whydrop_tests::lab::{Host, Lab};
+
+use crate::manifests::{agent_pid, is_rolled_out, on_node};
+use crate::workloads::{OUTSIDE_PORT, Pods};
+
+/// The first datagram's source port; each has the next one, so each is told apart.
+const FIRST_PORT: u16 = 20_000;
+/// So few at a time that each has a line of its own: a flow has 4 in 100 ms.
+const PAUSE: Duration = Duration::from_millis(40);
+/// How long an agent is watched before and after.
+const ENOUGH: usize = 50;
+/// From the process's start to the first drop that has a line. It takes a second, and must take less than two;
+/// beside other tests, and without optimisation, thrice that.
+const START: Duration = Duration::from_secs(6);
+
+/// Datagrams that the node drops, and when each was sent.
+fn send(lab: &Lab, to: &str, stop: &AtomicBool) -> Result<Vec<Timestamp>> {
+    lab.within(Host::Client, || {
+        let mut sent = Vec::new();
+        while !stop.load(Ordering::Relaxed) {
+            let port = FIRST_PORT + u16::try_from(sent.len())?;
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?;
+            sent.push(Timestamp::now());
+            socket.send_to(b"datagram", (to, OUTSIDE_PORT))?;
+            thread::sleep(PAUSE);
+        }
+        Ok(sent)
+    })
+}
+
+/// What lines say of the datagrams.
+#[derive(Clone, Debug, Default)]
+struct Seen {
+    /// Those with a line of their own: when each was dropped.
+    single: BTreeMap<usize, Timestamp>,
+    /// How many others have a line together, as the first ones of an agent that still starts.
+    together: u64,
+}
+
+/// `whydrop tail` on the node, through one agent to the next.
+struct Tail {
+    child: Child,
+    seen: Arc<Mutex<Seen>>,
+}
+
+impl Tail {
+    fn start(cluster: &Cluster) -> Result<Self> {
+        let binary = whydrop_tests::agent::binary()?.canonicalize()?;
+        let mut command = cluster.node.command(binary.to_str().context("a path")?);
+        command.args([
+            "tail",
+            "--follow",
+            "--last=8192",
+            "--output=json",
+            "--protocol=UDP",
+        ]);
+        let mut child = command
+            .args(["--port", &OUTSIDE_PORT.to_string()])
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("start whydrop tail on the node")?;
+        let stdout = child.stdout.take().context("its output")?;
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let seen_there = seen.clone();
+        thread::spawn(move || {
+            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                let Ok(Line::Event(event)) = serde_json::from_str(&line) else {
+                    eprintln!("no drop's line: {line}");
+                    continue;
+                };
+                let mut seen = seen_there.lock().unwrap_or_else(PoisonError::into_inner);
+                let number = event
+                    .source
+                    .port
+                    .and_then(|port| port.checked_sub(FIRST_PORT));
+                match number.filter(|_| event.packets == 1) {
+                    Some(number) => drop(seen.single.insert(number.into(), event.time)),
+                    None => seen.together += event.packets,
+                }
+            }
+        });
+        Ok(Self { child, seen })
+    }
+
+    fn seen(&self) -> Seen {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.clone()
+    }
+
+    /// Waits for so many more.
+    fn until_more(&self, what: &str) -> Result<()> {
+        let before = self.seen().single.len();
+        until(what, || {
+            let now = self.seen().single.len();
+            ensure!(now >= before + ENOUGH, "{before} and then {now}");
+            Ok(())
+        })
+    }
+}
+
+impl Drop for Tail {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// All that was dropped while an agent stood has its line, from one agent to the next, and the new one's
+/// counters are those of its lines.
+///
+/// # Errors
+/// Something is missing, or the new agent is slow.
+pub fn loses_nothing_that_it_saw(pods: &Pods<'_>) -> Result<()> {
+    let cluster = pods.cluster;
+    let tail = Tail::start(cluster)?;
+    let old = agent_pid(cluster)?;
+    let stop = AtomicBool::new(false);
+    let sent = thread::scope(|scope| {
+        let sender = scope.spawn(|| send(&cluster.lab, &pods.db, &stop));
+        let restarted = restart(cluster, &tail);
+        stop.store(true, Ordering::Relaxed);
+        let sent = sender
+            .join()
+            .map_err(|_| anyhow::anyhow!("the sender panicked"))?;
+        restarted.and(sent)
+    })?;
+    until("the last datagram has its line", || {
+        let seen = tail.seen().single;
+        ensure!(
+            seen.contains_key(&(sent.len() - 1)),
+            "{:?}",
+            seen.last_key_value()
+        );
+        Ok(())
+    })?;
+    let counted = counters::nft(&cluster.lab, Host::Router, "outside")?;
+    ensure!(
+        counted == sent.len() as u64,
+        "the rule counted {counted} of {}",
+        sent.len()
+    );
+    let Seen { single, together } = tail.seen();
+    let missing: Vec<_> = (0..sent.len())
+        .filter(|number| !single.contains_key(number))
+        .collect();
+    let (first, last) = (missing.first(), missing.last());
+    let (first, last) = first.zip(last).context("the restart took no time at all")?;
+    ensure!(
+        last - first + 1 == missing.len(),
+        "lost while an agent stood: {missing:?} of {}",
+        sent.len()
+    );
+    ensure!(
+        *first >= ENOUGH && last + ENOUGH < sent.len(),
+        "{missing:?} of {}",
+        sent.len()
+    );
+    // The last of them were seen by an agent that had just started.
+    let unseen = u64::try_from(missing.len())?.checked_sub(together);
+    let unseen = unseen.with_context(|| format!("{together} of {missing:?}"))?;
+    println!(
+        "         of {} datagrams {unseen} were dropped while no agent stood",
+        sent.len()
+    );
+
+    // What the new agent has lines of, it counted: without the pod's name, where external ends of other labs
+    // are too, until the API server had told it.
+    let new = agent_pid(cluster)?;
+    ensure!(new != old, "the agent was not restarted");
+    let metrics = cluster.metrics()?;
+    let counted = |pod: &str| -> f64 {
+        let samples = metrics.iter().filter(|sample| {
+            sample.name == "whydrop_silent_drops_total"
+                && sample.label("source_kind") == "external"
+                && sample.label("destination_pod") == pod
+                && sample.label("protocol") == "UDP"
+        });
+        samples.map(|sample| sample.value).sum()
+    };
+    let by_new: Vec<_> = single.range(last + 1..).map(|(_, time)| *time).collect();
+    let all = (by_new.len() as u64 + together) as f64;
+    let (named, nameless) = (counted("db-0"), counted(""));
+    ensure!(
+        named <= all && named + nameless >= all,
+        "{named} and {nameless} of {all}"
+    );
+
+    let started = started_at(cluster, new)?;
+    let first_drop = *by_new.first().context("a drop that the new agent saw")?;
+    let took = Duration::try_from(first_drop.duration_since(started))?;
+    println!(
+        "         {} ms from the agent's start to its first drop",
+        took.as_millis()
+    );
+    ensure!(
+        took < START,
+        "the first drop was seen {took:?} after the start"
+    );
+    // It says what it could not see.
+    let status = cluster.exec(
+        "whydrop",
+        "daemonset/whydrop",
+        &["whydrop", "status", "--output=json"],
+    )?;
+    let status: Value = serde_json::from_str(&status)?;
+    let since: Timestamp = serde_json::from_value(status["observing_since"].clone())?;
+    let apart = Duration::try_from(since.duration_since(first_drop).abs())?;
+    ensure!(
+        apart < Duration::from_secs(1),
+        "observes since {since}, and saw a drop at {first_drop}"
+    );
+    let gauge = metrics
+        .iter()
+        .find(|s| s.name == "whydrop_observing_since_timestamp_seconds");
+    ensure!(
+        gauge.is_some_and(|s| s.value == since.as_second() as f64),
+        "{gauge:?} is not {since}"
+    );
+    // It did not wait for the API server.
+    let mut requests = Vec::new();
+    for entry in cluster.server.audit()? {
+        let received = entry["requestReceivedTimestamp"]
+            .as_str()
+            .unwrap_or_default();
+        requests.push(received.parse::<Timestamp>()?);
+    }
+    let first_request = requests.into_iter().filter(|at| *at > started).min();
+    let first_request = first_request.context("the new agent asked nothing")?;
+    ensure!(
+        since < first_request,
+        "it asked at {first_request}, and observes since {since}"
+    );
+    Ok(())
+}
+
+fn restart(cluster: &Cluster, tail: &Tail) -> Result<()> {
+    tail.until_more("the old agent sees drops")?;
+    cluster.kubectl(&[
+        "--namespace=whydrop",
+        "rollout",
+        "restart",
+        "daemonset/whydrop",
+    ])?;
+    is_rolled_out(cluster)?;
+    tail.until_more("the new agent sees drops")
+}
+
+/// When a process of the node began, to 20 ms.
+fn started_at(cluster: &Cluster, pid: u32) -> Result<Timestamp> {
+    let text = on_node(cluster, &format!("cat /proc/{pid}/stat /proc/uptime"))?;
+    // Of the 22nd field (proc(5)): the name in the 2nd may have blanks.
+    let (_, fields) = text.split_once(") ").context("a line of /proc/PID/stat")?;
+    let ticks: f64 = fields
+        .split_whitespace()
+        .nth(19)
+        .context("a start time")?
+        .parse()?;
+    let uptime = text.lines().nth(1).and_then(|line| line.split(' ').next());
+    let uptime: f64 = uptime.context("an uptime")?.parse()?;
+    // USER_HZ is 100 on every architecture that whydrop runs on.
+    let age = Duration::try_from_secs_f64(uptime - ticks / 100.0)?;
+    Ok(Timestamp::now() - age)
+}
