@@ -12,7 +12,7 @@ use super::socket::Socket;
 use super::stats;
 use crate::event::Protocol;
 
-/// Flows that are kept: 100,000 are some 15 MB while they are read. Past it connections are counted as left
+/// Flows that are kept: 100,000 are some 20 MB while they are read. Past it connections are counted as left
 /// out; connections that differ in the sender's port alone are one flow.
 pub const MAX_FLOWS: usize = 100_000;
 
