@@ -39,7 +39,10 @@ pub enum ClientError {
 fn hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied => "run as root",
-        _ => "start one with `whydrop agent`, or say where it is with --socket",
+        _ => {
+            "start one with `whydrop agent`, say where it is with --socket, or which cluster is \
+             meant with --kubeconfig"
+        }
     }
 }
 

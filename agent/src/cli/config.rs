@@ -1,4 +1,5 @@
-//! Every flag of every command. Each has an environment variable `WHYDROP_<FLAG>`.
+//! Every flag of every command; those of `tail` and `status` are in `config/`. Each has an environment
+//! variable `WHYDROP_<FLAG>`.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;

@@ -73,6 +73,19 @@ pub enum ExecError {
 }
 
 impl ExecError {
+    fn of(error: &kube::Error, namespace: &str) -> Self {
+        match error {
+            // A policy of admission forbids it in its own words.
+            kube::Error::Api(status)
+                if status.code == 403 && !status.message.contains("denied") =>
+            {
+                Self::Forbidden(namespace.to_owned())
+            }
+            error if is_unauthorized(error) => Self::Unauthorized,
+            error => Self::NotRun(why(error)),
+        }
+    }
+
     /// Whether the account is refused, for every agent alike.
     pub fn is_refused(&self) -> bool {
         matches!(self, Self::Forbidden(_) | Self::Unauthorized)
@@ -123,7 +136,7 @@ impl Agents {
                 Err(_) => return Err(ExecError::Silent(self.timeout)),
             };
             if tries >= TRIES || !is_busy(&error) {
-                return Err(self.exec_failure(&error));
+                return Err(ExecError::of(&error, &self.namespace));
             }
             tokio::time::sleep(BUSY_PAUSE * tries).await;
             tries += 1;
@@ -155,16 +168,6 @@ impl Agents {
                 let why = format!("it printed more than {MAX_OUTPUT_BYTES} bytes; is it whydrop?");
                 return Err(ExecError::Failed(why));
             }
-        }
-    }
-
-    fn exec_failure(&self, error: &kube::Error) -> ExecError {
-        match error {
-            kube::Error::Api(status) if status.code == 403 => {
-                ExecError::Forbidden(self.namespace.clone())
-            }
-            error if is_unauthorized(error) => ExecError::Unauthorized,
-            error => ExecError::NotRun(why(error)),
         }
     }
 }
@@ -309,6 +312,30 @@ fn reason(stderr: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_missing_right_is_told_from_a_policy_of_admission() {
+        let error = |code: u16, message: &str| {
+            let status = serde_json::json!({"code": code, "message": message});
+            let error = kube::Error::Api(serde_json::from_value(status).unwrap());
+            ExecError::of(&error, "whydrop").to_string()
+        };
+        let right = error(
+            403,
+            "pods \"x\" is forbidden: User \"u\" cannot create resource \"pods/exec\" in API group \
+             \"\" in the namespace \"whydrop\"",
+        );
+        assert!(right.starts_with("not allowed to create pods/exec in namespace whydrop"));
+        let policy = "admission webhook \"w\" denied the request: no exec on Fridays";
+        let told = error(403, policy);
+        assert_eq!(told, format!("the API server answers 403: {policy}"));
+        assert_eq!(error(401, "Unauthorized"), UNAUTHORIZED);
+        let told = error(404, "pods \"\u{1b}x\" not found");
+        assert_eq!(
+            told,
+            "the API server answers 404: pods \"\\u{1b}x\" not found"
+        );
+    }
 
     #[test]
     fn the_reason_is_the_sentence_of_the_other_whydrop() {
