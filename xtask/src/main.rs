@@ -65,7 +65,11 @@ fn main() -> ExitCode {
 
 fn run(task: &Task) -> Result<ExitCode> {
     match task {
-        Task::Setup => setup::run()?.with_vm().with_kube().with_prometheus().report()?,
+        Task::Setup => setup::run()?
+            .with_vm()
+            .with_kube()
+            .with_prometheus()
+            .report()?,
         Task::Build(args) => build::run(args)?,
         Task::Image => image::run()?,
         Task::Demo => demo::run()?,

@@ -378,10 +378,11 @@ async fn while_pods_change(cluster: &Cluster) -> Result<()> {
         named == f64::from(sent),
         "of {sent} drops {named} are named right"
     );
-    let namespace = cluster.lab.namespace();
+    // Not the marker's of the barrier.
+    let client = cluster.lab.address(Place::Of(Host::Client), cluster.family);
     for line in &cluster.agent.lines()[before..] {
         if let Line::Event(event) = line
-            && event.source.namespace.as_deref() == Some(&*namespace)
+            && event.source.ip == Some(client)
         {
             let names = (
                 event.source.pod.as_deref(),
