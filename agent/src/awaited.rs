@@ -97,18 +97,18 @@ impl Awaited {
     /// Whether an end without a name has an address that a pod may have. `knows_ranges`: the nodes tell
     /// which addresses are pods'.
     pub fn may_be_a_pods(&self, end: &Endpoint, knows_ranges: bool) -> bool {
+        let Some(ip) = end.ip.map(|ip| ip.to_canonical()) else {
+            return false;
+        };
         let may_be = match end.kind {
             Some(EndpointKind::Unknown) => true,
-            Some(EndpointKind::External) => self.asks.load(Ordering::Relaxed) && !knows_ranges,
+            // Many CNIs give addresses that no node's `podCIDR` tells of.
+            Some(EndpointKind::External) => {
+                !knows_ranges && (self.asks.load(Ordering::Relaxed) || is_private(ip))
+            }
             _ => false,
         };
-        let is_one = |ip: &IpAddr| !ip.is_loopback() && !ip.is_multicast() && !ip.is_unspecified();
-        may_be
-            && end
-                .ip
-                .map(|ip| ip.to_canonical())
-                .as_ref()
-                .is_some_and(is_one)
+        may_be && !ip.is_loopback() && !ip.is_multicast() && !ip.is_unspecified()
     }
 
     /// Whether an end may get a name in a moment; asks for it if that is the way. `knows_ranges`: the
@@ -143,6 +143,17 @@ impl Awaited {
             let _ = questions.try_send(ip);
         }
         true
+    }
+}
+
+/// Whether an address is of a network of somebody's own: RFC 1918, RFC 6598, RFC 4193.
+fn is_private(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
+            let [first, second, ..] = ip.octets();
+            ip.is_private() || (first == 100 && second & 0xc0 == 64)
+        }
+        IpAddr::V6(ip) => ip.is_unique_local(),
     }
 }
 
@@ -191,6 +202,18 @@ mod tests {
             awaited.follow(true, asks);
             assert_eq!(awaited.may_be_a_pods(&stranger, knows_ranges), may_be);
         }
+        awaited.follow(true, false);
+        for (ip, may_be) in [
+            ("10.1.0.7", true),
+            ("100.64.0.1", true),
+            ("100.128.0.1", false),
+            ("fd00::7", true),
+            ("2001:db8::1", false),
+        ] {
+            let end = end(ip, EndpointKind::External);
+            assert_eq!(awaited.may_be_a_pods(&end, false), may_be, "{ip}");
+            assert!(!awaited.may_be_a_pods(&end, true), "nodes tell");
+        }
         assert!(awaited.may_be_a_pods(&end("10.1.0.7", EndpointKind::Unknown), true));
         assert!(!awaited.may_be_a_pods(&end("127.0.0.1", EndpointKind::Unknown), true));
     }
@@ -200,7 +223,7 @@ mod tests {
         let awaited = Awaited::default();
         let (sender, mut questions) = mpsc::channel(4);
         awaited.answer_by(sender);
-        let stranger = end("10.1.0.7", EndpointKind::External);
+        let stranger = end("192.0.2.7", EndpointKind::External);
         let now = Instant::now();
         awaited.follow(true, false);
         assert!(

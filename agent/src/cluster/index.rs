@@ -55,6 +55,8 @@ pub struct Index {
     pod_ranges: Ranges,
     revision: u64,
     changes: Changes,
+    /// More is to be told: an address that nobody has may be anybody's.
+    is_partial: bool,
 }
 
 /// Who has an address.
@@ -110,6 +112,11 @@ impl Index {
             Change::Upsert(object) => self.upsert(object, Seen { at, first: false }),
             Change::Delete(key) => self.delete(&key, at),
         }
+    }
+
+    /// Whether what there is was not told whole yet: then no address is called external.
+    pub fn set_partial(&mut self, is_partial: bool) {
+        self.is_partial = is_partial;
     }
 
     fn upsert(&mut self, object: Object, seen: Seen) {
@@ -337,6 +344,7 @@ impl Index {
                     port.is_some_and(|port| self.service_ports.holder(&(ip, port), at).is_some());
             }
             None if self.pod_ranges.contains(ip) => end.kind = Some(EndpointKind::Unknown),
+            None if self.is_partial => {}
             None => end.kind = Some(EndpointKind::External),
         }
     }

@@ -50,6 +50,23 @@ fn pod_at(index: &Index, ip: &str, time: Timestamp) -> Option<String> {
     end.pod.map(|name| name.to_string())
 }
 
+/// Until all is listed, an address that nobody has may be anybody's.
+#[test]
+fn no_address_is_external_before_all_is_known() {
+    let mut index = index();
+    let kind = |index: &Index, ip: &str| {
+        let mut end = end(ip, None);
+        index.name(&mut end, None, NOW);
+        end.kind
+    };
+    let pod = kind(&index, "10.244.1.7");
+    index.set_partial(true);
+    assert_eq!(kind(&index, "192.0.2.200"), None);
+    assert_eq!(kind(&index, "10.244.1.7"), pod, "what is known is told");
+    index.set_partial(false);
+    assert_eq!(kind(&index, "192.0.2.200"), Some(EndpointKind::External));
+}
+
 #[test]
 fn the_fixtures_are_counted_by_kind() {
     let counts: BTreeMap<_, _> = index().counts().collect();

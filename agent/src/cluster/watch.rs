@@ -68,6 +68,9 @@ pub const OPTIONAL: [ObjectKind; 3] = [
     ObjectKind::BaselineAdminNetworkPolicy,
 ];
 
+/// Of these the kinds that have addresses: until they are listed, nobody knows whose an address is.
+const NAMING: [ObjectKind; 3] = [ObjectKind::Node, ObjectKind::Service, ObjectKind::Pod];
+
 /// The source's name; each kind has one of its own beside it.
 pub const SOURCE: &str = "cluster";
 
@@ -159,6 +162,7 @@ pub async fn run<F>(
         strings: Interner::default(),
         kinds: KINDS.map(|kind| (kind, Kind::default())).into(),
     };
+    cluster.state.index_mut().set_partial(true);
     let follow = async {
         tokio::time::sleep(random(times.start_jitter)).await;
         let mut pause = PAUSES.0;
@@ -615,6 +619,10 @@ impl Cluster {
         let known = self.kind(kind);
         known.listed = true;
         known.health.answered();
+        let is_listed = |kind| self.kinds.get(kind).is_some_and(|known| known.listed);
+        if NAMING.iter().all(is_listed) {
+            self.state.index_mut().set_partial(false);
+        }
         self.say_of(kind, None);
         drop(listed);
         self.strings.purge();

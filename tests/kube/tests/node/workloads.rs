@@ -146,6 +146,16 @@ impl<'a> Pods<'a> {
         }
         let db = cluster.get(NAMESPACE, "pod/db-0")?["status"]["podIP"].clone();
         let db = db.as_str().context("db-0 has no address")?.to_owned();
+        // Its first request is seconds after its start; what is dropped before has no names.
+        until("the agent knows the pods", || {
+            let metrics = cluster.metrics()?;
+            let known = metrics.iter().find(|sample| {
+                sample.name == "whydrop_index_objects" && sample.label("kind") == "pods"
+            });
+            let known = known.map_or(0.0, |sample| sample.value);
+            ensure!(known >= 4.0, "it knows {known}");
+            Ok(())
+        })?;
         // A Job's pod does its work and ends. Not at once: of a pod that ends before its kubelet has told its
         // address nobody knows whose it was.
         let work = connects(&db, IPTABLES_PORT, 1);
