@@ -56,6 +56,9 @@ pub struct Subject {
     port: Option<u16>,
 }
 
+/// A pod's namespace and name.
+pub type PodName = (Arc<str>, Arc<str>);
+
 /// One request that is due.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Post {
@@ -64,7 +67,7 @@ pub enum Post {
         /// On which pod.
         subject: Subject,
         /// The other end's namespace and name, if it is a pod.
-        related: Option<(Arc<str>, Arc<str>)>,
+        related: Option<PodName>,
         /// The sentence.
         note: String,
         /// The first drop.
@@ -99,7 +102,7 @@ pub enum Answer {
 }
 
 struct Series {
-    related: Option<(Arc<str>, Arc<str>)>,
+    related: Option<PodName>,
     note: String,
     is_explained: bool,
     first: Timestamp,
@@ -238,7 +241,7 @@ impl AllSeries {
 }
 
 /// The pod that suffers: who sends, else who is sent to. And the other end, if it is a pod.
-fn subject(event: &Event) -> Option<(Subject, Option<(Arc<str>, Arc<str>)>)> {
+fn subject(event: &Event) -> Option<(Subject, Option<PodName>)> {
     let pod = |end: &Endpoint| end.namespace.clone().zip(end.pod.clone());
     let (mine, theirs) = match pod(&event.source) {
         Some(pod) => (pod, &event.destination),

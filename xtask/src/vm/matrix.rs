@@ -31,7 +31,7 @@ enum Tests {
     Ipv4,
     /// Of IPv4, one for each way in which a rule can drop or refuse.
     Few,
-    /// Of IPv4, what is lost and how it is told.
+    /// Of IPv4, what is lost and how it is told, also behind a Service.
     Lost,
 }
 
@@ -40,7 +40,7 @@ impl Tests {
     fn filter(self) -> &'static str {
         match self {
             Self::Ipv4 => " --skip ::ipv6",
-            Self::Lost => " lost::ipv4 told::ipv4",
+            Self::Lost => " lost::ipv4 told::ipv4 behind_a_service::ipv4",
             Self::Few => {
                 " --skip ::ipv6 nft_forward nft_output nft_reject_told_to_all legacy_reset ipset_nft"
             }
@@ -66,7 +66,7 @@ const ENDS: Labs = &[
 ];
 const BETWEEN: Labs = &[
     ("netfilter", Tests::Few),
-    ("connects", Tests::Ipv4),
+    ("connects", Tests::Lost),
     ("dns", Tests::Ipv4),
 ];
 /// What runs where a kernel of the others is locked down.
