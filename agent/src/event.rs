@@ -381,6 +381,21 @@ impl LastChange {
             self.kind, self.namespace, self.name
         )
     }
+
+    /// The same beside the first drop, where it was in the hour before: `NetworkPolicy db/default-deny was
+    /// created 4 s before the first drop`. What is older is no rollout.
+    pub fn beside_first_drop(&self) -> Option<String> {
+        let before = match self.seconds_before_first_drop? {
+            ..1.0 => "just".to_owned(),
+            seconds @ ..120.0 => format!("{seconds:.0} s"),
+            seconds @ ..=3600.0 => format!("{:.0} min", seconds / 60.0),
+            _ => return None,
+        };
+        Some(format!(
+            "{} {before} before the first drop",
+            self.sentence()
+        ))
+    }
 }
 
 /// How sure an explanation is.

@@ -11,8 +11,8 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::event::{
-    Confidence, DropSite, Endpoint, EndpointKind, Event, Explanation, Finding, Kind, Outcome,
-    Protocol,
+    Confidence, DropSite, Endpoint, EndpointKind, Event, Explanation, Finding, Kind, LastChange,
+    Outcome, Protocol,
 };
 use crate::policy::evaluate::{End, Flow, Judgement, Verdict, Who};
 use crate::policy::findings::{self, Context};
@@ -144,7 +144,8 @@ impl Explainer {
             && is_denial(explanation)
         {
             let change = episode::last_change(&self.state.index(), event, first);
-            if let Some(part) = change.as_ref().and_then(episode::sentence) {
+            if let Some(part) = change.as_ref().and_then(LastChange::beside_first_drop) {
+                explanation.summary += "; ";
                 explanation.summary += &part;
             }
             explanation.last_change = change;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Answer;
 use super::origin::clock;
-use crate::event::{Endpoint, Event, Line, Outcome, Protocol};
+use crate::event::{Endpoint, Event, LastChange, Line, Outcome, Protocol};
 use crate::policy::evaluate::{End, Who};
 use crate::policy::world::World;
 use crate::record::{self, Detail, Pair, Record};
@@ -38,6 +38,9 @@ pub struct Observed {
     pub of_any_port: u64,
     /// The last events of the connection, the newest last.
     pub events: Vec<Event>,
+    /// The policy, or the labels, that changed last before its first drop.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_change: Option<LastChange>,
     /// Connections that conntrack has now; absent where that is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connections: Option<u64>,
@@ -248,6 +251,7 @@ impl Wanted {
             unanswered: Seen::default(),
             of_any_port: 0,
             events: Vec::new(),
+            last_change: None,
             connections: None,
             connections_unknown: None,
         };
@@ -278,6 +282,8 @@ impl Wanted {
                     .add(reason, event.packets, event.time);
             }
         }
+        let explanations = events.iter().rev().filter_map(|e| e.explanation.as_ref());
+        observed.last_change = explanations.into_iter().find_map(|e| e.last_change.clone());
         let first = events.len().saturating_sub(LAST);
         observed.events = events[first..].iter().map(|e| (*e).clone()).collect();
         observed
@@ -322,6 +328,11 @@ impl Observed {
                 self.of_any_port
             ));
         }
+        parts.extend(
+            self.last_change
+                .as_ref()
+                .and_then(LastChange::beside_first_drop),
+        );
         match self.counted_by.as_str() {
             "workload" | "namespace" => {
                 parts.push(format!("counted for the pair of {}s", self.counted_by));
@@ -344,17 +355,11 @@ mod tests {
 
     use super::*;
     use crate::answer::{Ground, answer, missing::Missing, origin::Origin, question::Query};
-    use crate::event::{DropSite, Kind, testing};
+    use crate::event::{DropSite, Kind, What, testing};
     use crate::policy::testing::world;
 
     /// What is observed of a question, after events of `(outcome, from, to, port, packets)`.
     fn observed(query: &str, events: &[(Outcome, &str, &str, u16, u64)]) -> Observed {
-        let ground = Ground {
-            world: Arc::new(world("")),
-            origin: Origin::Files,
-            missing: Missing::default(),
-            skipped: Vec::new(),
-        };
         let end = |name: &str, port| match name.split_once('/') {
             Some((namespace, pod)) => Endpoint {
                 namespace: Some(namespace.into()),
@@ -386,9 +391,19 @@ mod tests {
             Arc::new(Line::Event(event))
         });
         let lines: Vec<Arc<Line>> = lines.collect();
+        look(query, &record, &lines)
+    }
+
+    fn look(query: &str, record: &Record, lines: &[Arc<Line>]) -> Observed {
+        let ground = Ground {
+            world: Arc::new(world("")),
+            origin: Origin::Files,
+            missing: Missing::default(),
+            skipped: Vec::new(),
+        };
         let query = Query::parse(query).unwrap();
         let answer = answer(&ground, &query.asked, false).unwrap();
-        Wanted::of(&answer, query.asked.port).look(&"node-a".into(), &record, &lines)
+        Wanted::of(&answer, query.asked.port).look(&"node-a".into(), record, lines)
     }
 
     #[test]
@@ -414,6 +429,33 @@ mod tests {
             "{sentence}"
         );
         assert!(sentence.contains("refused: 2"), "{sentence}");
+    }
+
+    #[test]
+    fn what_changed_last_before_the_first_drop_is_told() {
+        let change = LastChange {
+            kind: "NetworkPolicy".into(),
+            namespace: "db".into(),
+            name: "deny".into(),
+            what: What::Created,
+            time: Timestamp::UNIX_EPOCH,
+            seconds_before_first_drop: Some(4.2),
+        };
+        let mut event = testing::event();
+        event.source.pod = Some("web".into());
+        event.destination.pod = Some("pg".into());
+        if let Some(explanation) = &mut event.explanation {
+            explanation.last_change = Some(change.clone());
+        }
+        // A later one is without an explanation, as those past the budget are.
+        let mut later = event.clone();
+        later.explanation = None;
+        let lines = [event, later].map(|event| Arc::new(Line::Event(event)));
+        let record = Record::new(Detail::Pod, 100, Duration::from_secs(60));
+        let seen = look("src=shop/web&dst=db/pg&port=5432", &record, &lines);
+        assert_eq!(seen.last_change, Some(change));
+        let told = "NetworkPolicy db/deny was created 4 s before the first drop";
+        assert!(seen.sentence().contains(told), "{}", seen.sentence());
     }
 
     #[test]

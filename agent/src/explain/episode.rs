@@ -17,8 +17,6 @@ const APART: SignedDuration = SignedDuration::from_mins(10);
 const MAX: usize = 16_384;
 /// A CNI may act on a change before this agent is told of it.
 const SLACK: SignedDuration = SignedDuration::from_secs(2);
-/// What is older is no rollout, and not worth a part of the sentence.
-const RECENT: SignedDuration = SignedDuration::from_hours(1);
 
 /// A pair, with the port that its connections ask for.
 type Pair = (Name, Name, Protocol, Option<u16>);
@@ -81,22 +79,4 @@ pub fn last_change(index: &Index, event: &Event, first: Timestamp) -> Option<Las
     let before = first.duration_since(change.time).as_secs_f64().max(0.0);
     change.seconds_before_first_drop = Some((before * 10.0).round() / 10.0);
     Some(change)
-}
-
-/// A part of a sentence, where the change is recent: `; NetworkPolicy db/default-deny was created 4 s before
-/// the first drop`.
-pub fn sentence(change: &LastChange) -> Option<String> {
-    let seconds = change.seconds_before_first_drop?;
-    if seconds > RECENT.as_secs_f64() {
-        return None;
-    }
-    let before = match seconds {
-        ..1.0 => "just".to_owned(),
-        ..120.0 => format!("{seconds:.0} s"),
-        _ => format!("{:.0} min", seconds / 60.0),
-    };
-    Some(format!(
-        "; {} {before} before the first drop",
-        change.sentence()
-    ))
 }
