@@ -2,11 +2,12 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, Backlog, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage,
     bind, listen, sendto, setsockopt, socket, sockopt,
@@ -101,6 +102,16 @@ pub fn deaf_listener(at: SocketAddr, backlog: i32) -> Result<OwnedFd> {
     bind(socket.as_raw_fd(), &SockaddrStorage::from(at)).with_context(|| format!("bind {at}"))?;
     listen(&socket, Backlog::new(backlog)?).with_context(|| format!("listen at {at}"))?;
     Ok(socket)
+}
+
+/// Waits for a connection in the listener's queue, which nobody takes out.
+///
+/// # Errors
+/// The listener cannot be polled.
+pub fn has_arrived(listener: &OwnedFd, within: Duration) -> Result<bool> {
+    let mut asked = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    let ready = poll(&mut asked, PollTimeout::try_from(within)?).context("poll a listener")?;
+    Ok(ready == 1)
 }
 
 /// As many connects at once; how many were established.

@@ -219,9 +219,18 @@ fn netns(found: &Found) -> Outcome {
     }
 }
 
+/// The agent, which the labs start as a program. With the labs' package, so that its dependencies are
+/// built with the same features, once.
+fn agent() -> Result<()> {
+    execute(cargo("build").args([
+        "--package=whydrop",
+        "--package=whydrop-tests",
+        "--bin=whydrop",
+    ]))
+}
+
 fn labs() -> Result<()> {
-    // The labs start the agent as a program.
-    execute(cargo("build").arg("--package=whydrop"))?;
+    agent()?;
     let labs = || {
         let mut test = cargo("test");
         test.args(["--package=whydrop-tests", "--no-fail-fast"]);
@@ -265,7 +274,7 @@ fn kubernetes(found: &Found) -> Outcome {
         let fixes = fixes()?;
         let prometheus = prometheus::program("prometheus").context("there is no prometheus")?;
         let promtool = prometheus::program("promtool").context("there is no promtool")?;
-        execute(cargo("build").arg("--package=whydrop"))?;
+        agent()?;
         execute(
             cargo("test")
                 .args(["--package=whydrop-kube-tests", "--no-fail-fast"])
