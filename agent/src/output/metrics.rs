@@ -4,7 +4,6 @@ use std::borrow::Cow;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use prometheus_client::collector::Collector;
@@ -13,15 +12,15 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use whydrop_ebpf::attempt::LATENCY_BUCKETS_NS;
 
-use crate::cluster::watch;
-use crate::event::{LostStage, Outcome};
+use crate::event::Outcome;
 use crate::record::listen::{Listener, Lost};
 use crate::record::{End, Pair, Series, Snapshot};
 use crate::senders::{ConnectResult, Counts, Sender, rcode_name};
 use crate::source::conntrack;
-use crate::state::{State, Status};
+use crate::state::State;
 use crate::sync::lock;
 
+mod own;
 mod policies;
 
 /// The text of a scrape; empty if it cannot be encoded, which is logged.
@@ -104,9 +103,9 @@ impl Collector for Metrics {
         listen_drops(&mut encoder, &listeners)?;
         attempts(&mut encoder, &senders)?;
         conntrack_table(&mut encoder)?;
-        losses(&mut encoder, state)?;
+        own::losses(&mut encoder, state)?;
         policies::encode(&mut encoder, state)?;
-        sources(&mut encoder, &lock(&state.status))?;
+        own::sources(&mut encoder, &lock(&state.status))?;
         gauges(
             &mut encoder,
             (
@@ -376,152 +375,6 @@ fn conntrack_table(encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         ),
         rows.into_iter()
             .filter_map(|(stat, n)| Some((one("stat", stat), n?))),
-    )
-}
-
-/// What is missing from detail, and what went wrong.
-fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt::Result {
-    let status = lock(&state.status);
-    let lost = [
-        ("map", status.overflow_packets),
-        ("recursion", status.missed),
-        ("ring", status.ring_full),
-        ("answer", status.answers_lost),
-        ("connects", status.lost_connects()),
-        ("dns", status.attempts.queries_lost),
-        ("conntrack", status.lost_forwarded()),
-        ("queue", state.stream.lost(LostStage::Queue)),
-        ("reader", state.stream.lost(LostStage::Reader)),
-    ];
-    counters(
-        encoder,
-        (
-            "whydrop_events_lost",
-            "What was not kept in detail: map (packets counted without their pair), recursion \
-             (packets counted without their reason), ring and queue (events whose packets are \
-             counted), answer (answers that could not be laid to a late drop), connects, dns and conntrack (attempts \
-             that were not followed because too many waited), reader (packets \
-             in lines that a slow reader of the stream did not get)",
-        ),
-        lost.into_iter().map(|(stage, n)| (one("stage", stage), n)),
-    )?;
-    counters(
-        encoder,
-        (
-            "whydrop_events_limited",
-            "Packets without an event of their own because of the limit of their flow or CPU; they \
-             are counted, and the stream adds them up in a line a second",
-        ),
-        [("flow", status.limited_flow), ("cpu", status.limited_cpu)]
-            .map(|(limit, n)| (one("limit", limit), n)),
-    )?;
-    counters(
-        encoder,
-        (
-            "whydrop_watch_errors",
-            "Lists and watches of the API server that failed, by kind of object; each is tried again",
-        ),
-        watch::KINDS.map(|kind| {
-            let failed = state.errors.watch[kind as usize].load(Ordering::Relaxed);
-            (one("kind", kind.plural()), failed)
-        }),
-    )?;
-    counters(
-        encoder,
-        (
-            "whydrop_lookups",
-            "Pods of other nodes that were asked for by their address, by result",
-        ),
-        state
-            .lookups
-            .counts()
-            .map(|(result, n)| (one("result", result), n)),
-    )?;
-    counters(
-        encoder,
-        (
-            "whydrop_name_waits",
-            "Events and counts that waited for the name of an address, by result; full: without room to wait",
-        ),
-        state
-            .awaited
-            .totals
-            .counts()
-            .map(|(result, n)| (one("result", result), n)),
-    )?;
-    counters(
-        encoder,
-        (
-            "whydrop_kube_events",
-            "Kubernetes Events about silent drops, by result; limited: lines of the stream of which none tells",
-        ),
-        state
-            .kube_events
-            .counts()
-            .map(|(result, n)| (one("result", result), n)),
-    )?;
-    counters(
-        encoder,
-        ("whydrop_errors", "What could not be read or done, by stage"),
-        state
-            .errors
-            .counts()
-            .into_iter()
-            .chain([("conntrack", status.conntrack.errors)])
-            .map(|(stage, n)| (one("stage", stage), n)),
-    )
-}
-
-/// What works, and what it costs.
-fn sources(encoder: &mut DescriptorEncoder<'_>, status: &Status) -> fmt::Result {
-    gauges(
-        encoder,
-        (
-            "whydrop_source_up",
-            "1 if this source of observations works",
-        ),
-        status
-            .sources
-            .iter()
-            .map(|s| (one("source", s.source), u64::from(s.up))),
-    )?;
-    counters(
-        encoder,
-        (
-            "whydrop_bpf_runs",
-            "Runs of each eBPF program (0 unless kernel.bpf_stats_enabled is 1)",
-        ),
-        status
-            .programs
-            .iter()
-            .map(|p| (one("program", &*p.name), p.runs)),
-    )?;
-    let mut seconds = encoder.encode_descriptor(
-        "whydrop_bpf_run_seconds",
-        "Time spent in each eBPF program (0 unless kernel.bpf_stats_enabled is 1)",
-        None,
-        MetricType::Counter,
-    )?;
-    for program in &status.programs {
-        each(&mut seconds, &one("program", &*program.name), |m| {
-            m.encode_counter::<NoLabelSet, _, u64>(&program.seconds, None)
-        })?;
-    }
-    gauges(
-        encoder,
-        (
-            "whydrop_map_entries",
-            "Keys in a kernel map when it was last fetched",
-        ),
-        status.maps.iter().map(|m| (one("map", m.map), m.entries)),
-    )?;
-    gauges(
-        encoder,
-        (
-            "whydrop_map_capacity",
-            "Keys that a kernel map has room for",
-        ),
-        status.maps.iter().map(|m| (one("map", m.map), m.capacity)),
     )
 }
 
