@@ -1,14 +1,15 @@
 //! The programs of a real Kubernetes: from `KUBEBUILDER_ASSETS`, by envtest's convention, where they
 //! are; else built once from their Go modules (tests/kube/go.mod) into `target/kube/`.
 
-use std::{env, fs, path::PathBuf, time::Instant};
+use std::{env, fs, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::{
     build,
-    command::{command, find, output, root, run as execute},
+    command::find,
+    go::{Module, downloaded},
     oci::{self, Image},
 };
 
@@ -25,6 +26,14 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("kubectl", "k8s.io/kubernetes/cmd/kubectl"),
     ("kubelet", "k8s.io/kubernetes/cmd/kubelet"),
 ];
+/// The Go module that defines the admin and baseline tiers, in the last version of each, and the sums of these.
+const TIERS: &str = "sigs.k8s.io/network-policy-api";
+const TIER_VERSIONS: [(&str, &str); 2] = [
+    // AdminNetworkPolicy and BaselineAdminNetworkPolicy.
+    ("v0.1.7", "h1:obY2FTEidLXVdRYu7gJ4q1RYE57pBnrpMqoE2LZgp4g="),
+    // ClusterNetworkPolicy.
+    ("v0.3.0", "h1:RL6fVXiix9IW1pj0ImkW645m+EWmb3dBGCiW19bg5+k="),
+];
 /// The image of the real node's pods; tests/kube/src/node.rs asks for the same one.
 const BUSYBOX: &str = "localhost/busybox:1";
 
@@ -38,43 +47,15 @@ pub fn programs() -> Result<PathBuf> {
     {
         return Ok(assets);
     }
-    let source = root().join("tests/kube");
-    let folder = build::target().join("kube/bin");
-    // A program is as old as what it was built from.
-    let stamp = build::target().join("kube/go.sum");
-    let wanted = fs::read(source.join("go.sum")).context("read tests/kube/go.sum")?;
-    let is_current = fs::read(&stamp).is_ok_and(|built| built == wanted);
-    let go = |arguments: &[&str]| {
-        let mut go = command("go");
-        go.current_dir(&source).args(arguments);
-        // Static: the programs run wherever they are copied.
-        go.env("CGO_ENABLED", "0").env("GOFLAGS", "-mod=readonly");
-        go
+    let module = Module {
+        source: "tests/kube",
+        to: "kube",
+        programs: &PROGRAMS,
+        tags: "",
     };
-    let mut missing = PROGRAMS.to_vec();
-    missing.retain(|(name, _)| !is_current || !folder.join(name).is_file());
-    if missing.is_empty() {
-        return Ok(folder);
-    }
-    find("go").context("no Go, and KUBEBUILDER_ASSETS names no folder with these programs")?;
-    let version = output(&mut go(&[
-        "list",
-        "-m",
-        "-f",
-        "{{.Version}}",
-        "k8s.io/kubernetes",
-    ]))?;
-    let flags = version_flags(version.trim());
-    for (name, package) in missing {
-        eprintln!("kube: building {name} {}", version.trim());
-        let started = Instant::now();
-        let to = folder.join(name);
-        let build = ["build", "-trimpath", "-ldflags", &flags, "-o"];
-        execute(go(&build).arg(&to).arg(package)).with_context(|| format!("build {name}"))?;
-        eprintln!("kube: built in {} s", started.elapsed().as_secs());
-    }
-    fs::write(&stamp, wanted).with_context(|| format!("write {}", stamp.display()))?;
-    Ok(folder)
+    module
+        .built(|| Ok(version_flags(&module.version_of("k8s.io/kubernetes")?)))
+        .context("KUBEBUILDER_ASSETS names no folder with all programs, and they cannot be built")
 }
 
 /// The image of the real node's pods, and of what holds a pod's namespaces, as an archive: Debian's static
@@ -99,12 +80,37 @@ pub fn busybox() -> Result<PathBuf> {
     Ok(path)
 }
 
+/// A folder with the CustomResourceDefinitions of the admin and baseline tiers, as their authors publish them.
+///
+/// # Errors
+/// No module proxy answers.
+pub fn tiers() -> Result<PathBuf> {
+    let to = build::target().join("kube/tiers");
+    fs::create_dir_all(&to).with_context(|| format!("make {}", to.display()))?;
+    for (version, sum) in TIER_VERSIONS {
+        // With the fields that not every implementation has to know.
+        let from = downloaded(TIERS, version, sum)?.join("config/crd/experimental");
+        for entry in fs::read_dir(&from).with_context(|| format!("read {}", from.display()))? {
+            let name = entry?.file_name();
+            if name
+                .to_string_lossy()
+                .starts_with("policy.networking.k8s.io_")
+            {
+                // Written anew, for the module cache is not to be written to.
+                let text = fs::read(from.join(&name))?;
+                fs::write(to.join(&name), text)?;
+            }
+        }
+    }
+    Ok(to)
+}
+
 /// The version that the programs tell; without it an API server says that it is v0.0.0.
 fn version_flags(version: &str) -> String {
     let at = "k8s.io/component-base/version";
     let minor = version.split('.').nth(1).unwrap_or_default();
     format!(
-        "-s -w -X {at}.gitVersion={version} -X {at}.gitMajor=1 -X {at}.gitMinor={minor} \
+        "-X {at}.gitVersion={version} -X {at}.gitMajor=1 -X {at}.gitMinor={minor} \
          -X {at}.gitTreeState=clean -X {at}.buildDate=1970-01-01T00:00:00Z"
     )
 }

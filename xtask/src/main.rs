@@ -7,6 +7,7 @@ mod command;
 mod demo;
 mod dependencies;
 mod fuzz;
+mod go;
 mod image;
 mod kube;
 mod oci;

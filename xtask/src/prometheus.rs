@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{
     build::target,
     command::{command, find, quietly},
+    go::Module,
 };
 
 const PACKAGE: &str = "prometheus";
@@ -20,6 +21,25 @@ const PROGRAMS: [&str; 2] = ["prometheus", "promtool"];
 pub fn program(name: &str) -> Option<PathBuf> {
     let unpacked = target().join("prometheus/usr/bin").join(name);
     find(name).or_else(|| unpacked.is_file().then_some(unpacked))
+}
+
+/// Prometheus with the discovery of Kubernetes, which Debian builds it without. Five minutes on two idle
+/// cores where it must be built.
+///
+/// # Errors
+/// There is no Go, no module proxy answers, or it does not build.
+pub fn with_discovery() -> Result<PathBuf> {
+    let module = Module {
+        source: "tests/kube/prometheus",
+        to: "prometheus-kubernetes",
+        programs: &[(
+            "prometheus",
+            "github.com/prometheus/prometheus/cmd/prometheus",
+        )],
+        // The discovery of every cloud there is would take most of the build.
+        tags: "remove_all_sd,enable_kubernetes_sd",
+    };
+    Ok(module.built(|| Ok(String::new()))?.join("prometheus"))
 }
 
 /// Gets what is missing.

@@ -272,7 +272,7 @@ fn kubernetes(found: &Found) -> Outcome {
     let tests = || {
         let programs = kube::programs()?;
         let fixes = fixes()?;
-        let prometheus = prometheus::program("prometheus").context("there is no prometheus")?;
+        let prometheus = prometheus::with_discovery()?;
         let promtool = prometheus::program("promtool").context("there is no promtool")?;
         agent()?;
         execute(
@@ -280,6 +280,7 @@ fn kubernetes(found: &Found) -> Outcome {
                 .args(["--package=whydrop-kube-tests", "--no-fail-fast"])
                 .env("WHYDROP_KUBE_PROGRAMS", programs)
                 .env("WHYDROP_TEST_FIXES", fixes)
+                .env("WHYDROP_TIERS", kube::tiers()?)
                 .env("WHYDROP_IMAGE", image::made_twice()?)
                 .env("WHYDROP_BUSYBOX_IMAGE", kube::busybox()?)
                 .env("WHYDROP_PROMETHEUS", prometheus)

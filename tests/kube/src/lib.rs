@@ -13,3 +13,16 @@ pub mod node;
 pub mod objects;
 pub mod proxy;
 pub mod server;
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+
+/// What `cargo xtask test kube` makes or fetches, by the variable that names it.
+///
+/// # Errors
+/// It is not set.
+pub fn made(variable: &str) -> Result<PathBuf> {
+    let path = std::env::var_os(variable).map(PathBuf::from);
+    path.with_context(|| format!("{variable} is not set: `cargo xtask test kube` sets it"))
+}

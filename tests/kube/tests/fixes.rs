@@ -1,50 +1,47 @@
-//! Every fix that the unit tests of `explain` produce, as a real API server takes it.
+//! Every fix that the unit tests of `explain` produce, as a real API server takes it, and every policy of the
+//! admin and baseline tiers in these tests, by the definitions that their authors publish.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use kube::Client;
 use kube::api::{DynamicObject, Patch, PatchParams, ValidationDirective};
-use serde_json::{Value, json};
+use serde_json::Value;
+use whydrop::cluster::document;
 use whydrop::cluster::objects::{Interner, Object};
 use whydrop::cluster::parse::parse;
-use whydrop::cluster::{ObjectKind, document};
 use whydrop::policy::evaluate::{End, Flow, Verdict, Who};
 use whydrop::policy::model::Direction;
 use whydrop::policy::world::{Change, World};
 use whydrop_kube_tests::follower::DEADLINE;
+use whydrop_kube_tests::made;
 use whydrop_kube_tests::objects::{api, create, namespace};
 use whydrop_kube_tests::server::{Server, User};
 
-/// Kinds that an API server has only where somebody defines them, with the version that is asked for. Their own
-/// schemas are not here, so of these only the form of an object is judged.
-const DEFINED: [(ObjectKind, &str); 3] = [
-    (ObjectKind::ClusterNetworkPolicy, "v1alpha2"),
-    (ObjectKind::AdminNetworkPolicy, "v1alpha1"),
-    (ObjectKind::BaselineAdminNetworkPolicy, "v1alpha1"),
-];
-
 #[tokio::test]
 async fn every_fix_is_accepted_and_works() -> Result<()> {
-    let folder = std::env::var_os("WHYDROP_TEST_FIXES").map(PathBuf::from);
-    let folder =
-        folder.context("run by `cargo xtask test kube`, which writes the fixes down first")?;
+    let folder = made("WHYDROP_TEST_FIXES")?;
     let server = Server::start().await?;
     let client = server.client(User::Admin).await?;
     for name in ["shop", "db"] {
         create(&client, &namespace(name)).await?;
     }
-    for (kind, version) in DEFINED {
-        define(&client, kind, version).await?;
+    for file in fs::read_dir(made("WHYDROP_TIERS")?)? {
+        define(&client, &file?.path()).await?;
     }
     let mut taken: BTreeMap<String, usize> = BTreeMap::new();
-    for file in std::fs::read_dir(&folder)? {
-        let case: Value = serde_json::from_slice(&std::fs::read(file?.path())?)?;
+    for file in fs::read_dir(&folder)? {
+        let case: Value = serde_json::from_slice(&fs::read(file?.path())?)?;
         let text = |name: &str| case[name].as_str().unwrap_or_default();
         let fix: Value = serde_saphyr::from_str(text("fix"))?;
         let kind = fix["kind"].as_str().unwrap_or_default().to_owned();
+        for policy in tier_policies(text("objects"))? {
+            let name = policy.to_string();
+            apply(&client, &policy).await.context(name)?;
+        }
         let made = apply(&client, &fix)
             .await
             .with_context(|| text("fix").to_owned())?;
@@ -71,32 +68,35 @@ async fn every_fix_is_accepted_and_works() -> Result<()> {
     Ok(())
 }
 
-/// Defines a kind, and waits until it counts.
-async fn define(client: &Client, kind: ObjectKind, version: &str) -> Result<()> {
-    let (name, plural) = (kind.as_str(), kind.plural());
-    let definition = json!({
-        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
-        "metadata": {
-            "name": format!("{plural}.{}", kind.group()),
-            "annotations": {"api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/network-policy-api/pull/300"},
-        },
-        "spec": {
-            "group": kind.group(), "scope": "Cluster",
-            "names": {"kind": name, "plural": plural},
-            "versions": [{"name": version, "served": true, "storage": true, "schema": {
-                "openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
-            }}],
-        },
-    });
+/// Defines what a file defines, and waits until it counts.
+async fn define(client: &Client, file: &Path) -> Result<()> {
+    let definition: Value = serde_saphyr::from_str(&fs::read_to_string(file)?)?;
     create(client, &definition).await?;
-    let some = json!({"apiVersion": format!("{}/{version}", kind.group()), "kind": name,
-        "metadata": {"name": "default"}});
-    let deadline = Instant::now() + DEADLINE;
-    while let Err(error) = apply(client, &some).await {
-        ensure!(Instant::now() < deadline, "{name} is not served: {error:#}");
-        tokio::time::sleep(Duration::from_millis(200)).await;
+    let spec = &definition["spec"];
+    let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let versions = spec["versions"].as_array().context("versions")?;
+    for version in versions {
+        let version = format!("{}/{}", word(&spec["group"]), word(&version["name"]));
+        let plural = word(&spec["names"]["plural"]);
+        let path = format!("/apis/{version}/{plural}");
+        let deadline = Instant::now() + DEADLINE;
+        let list = || hyper::Request::get(&path).body(Vec::new());
+        while let Err(error) = client.request_text(list()?).await {
+            ensure!(Instant::now() < deadline, "{path} is not served: {error:#}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
     }
     Ok(())
+}
+
+/// The policies of the tiers in a text.
+fn tier_policies(text: &str) -> Result<Vec<Value>> {
+    let mut objects: Vec<Value> = serde_saphyr::from_multiple(text)?;
+    objects.retain(|object| {
+        let version = object["apiVersion"].as_str();
+        version.is_some_and(|version| version.starts_with("policy.networking.k8s.io/"))
+    });
+    Ok(objects)
 }
 
 /// What the server would make of it: `kubectl apply --server-side --dry-run=server --validate=strict`.

@@ -8,17 +8,11 @@ mod prometheus;
 mod restart;
 mod workloads;
 
-use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use whydrop_kube_tests::cluster::Cluster;
-
-/// What `cargo xtask test kube` makes or fetches, by the variable that names it.
-fn made(variable: &str) -> Result<PathBuf> {
-    let path = std::env::var_os(variable).map(PathBuf::from);
-    path.with_context(|| format!("{variable} is not set: `cargo xtask test kube` sets it"))
-}
+use whydrop_kube_tests::made;
 
 #[test]
 fn on_a_real_node() -> Result<()> {

@@ -8,13 +8,16 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 use whydrop_kube_tests::cluster::{Cluster, until};
+use whydrop_kube_tests::server::User;
 use whydrop_tests::scrape;
 
-use crate::made;
+use whydrop_kube_tests::made;
 use crate::workloads::Pods;
 
+/// Whom the API server takes Prometheus for.
+const USER: &str = "prometheus";
 /// Prometheus' answers come at once.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -31,42 +34,18 @@ impl Drop for Prometheus {
     }
 }
 
-/// What Prometheus' discovery says of the pods of a namespace, one target for each port. Debian builds it
-/// without the discovery of Kubernetes.
-fn discovered(cluster: &Cluster, namespace: &str) -> Result<Value> {
-    let pods = cluster.get(namespace, "pods")?;
-    let mut targets = Vec::new();
-    for pod in pods["items"].as_array().into_iter().flatten() {
-        let ports = pod["spec"]["containers"][0]["ports"].as_array();
-        for port in ports.into_iter().flatten() {
-            let ip = pod["status"]["podIP"].as_str().context("a pod's address")?;
-            let app = &pod["metadata"]["labels"]["app.kubernetes.io/name"];
-            targets.push(json!({
-                "targets": [format!("{ip}:{}", port["containerPort"])],
-                "labels": {
-                    "__meta_kubernetes_pod_label_app_kubernetes_io_name": app,
-                    "__meta_kubernetes_pod_container_port_name": port["name"],
-                    "__meta_kubernetes_pod_node_name": pod["spec"]["nodeName"],
-                },
-            }));
-        }
-    }
-    Ok(targets.into())
-}
-
-/// The shipped configuration, of a Prometheus that is told what it would discover, and has little time.
+/// The shipped configuration, of a Prometheus that has a kubeconfig, because it runs in no pod, and little
+/// time.
 fn configuration(cluster: &Cluster) -> Result<String> {
     let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/prometheus");
     let mut text = fs::read_to_string(deploy.join("prometheus.yaml"))?;
     let rules = deploy.join("rules.yaml").canonicalize()?;
-    let discovery = "kubernetes_sd_configs:
-      - role: pod
-        namespaces:
-          names: [whydrop]
-";
-    let pods = format!("static_configs: {}\n", discovered(cluster, "whydrop")?);
+    let kubeconfig = format!(
+        "- role: pod\n        kubeconfig_file: {}",
+        cluster.server.kubeconfig(User::Named(USER))?.display()
+    );
     let changes = [
-        (discovery, pods.as_str()),
+        ("- role: pod", kubeconfig.as_str()),
         (
             "scrape_interval: 30s",
             "scrape_interval: 1s\n  evaluation_interval: 1s",
@@ -81,6 +60,19 @@ fn configuration(cluster: &Cluster) -> Result<String> {
         text = text.replace(shipped, here);
     }
     Ok(text)
+}
+
+/// What the configuration says that Prometheus needs, and no more.
+fn may_list_pods(cluster: &Cluster) -> Result<()> {
+    let user = format!("--user={USER}");
+    for grant in [
+        &["role", USER, "--verb=get,list,watch", "--resource=pods"][..],
+        &["rolebinding", USER, "--role", USER, &user],
+    ] {
+        let create = [&["create", "--namespace=whydrop"], grant].concat();
+        cluster.kubectl(&create)?;
+    }
+    Ok(())
 }
 
 impl Prometheus {
@@ -173,6 +165,7 @@ fn is_clean(cluster: &Cluster) -> Result<()> {
 pub fn scrapes(pods: &Pods<'_>) -> Result<()> {
     let cluster = pods.cluster;
     is_clean(cluster)?;
+    may_list_pods(cluster)?;
     let prometheus = Prometheus::start(cluster)?;
     let target = prometheus.until("up{job=\"whydrop\"}", 1.0)?;
     ensure!(
