@@ -280,7 +280,7 @@ fn events_of_other_versions_are_shown() {
     );
     assert_eq!(told.lines().count(), 1, "{told}");
     assert!(
-        told.contains("sent a line that this whydrop cannot read (unknown variant `teleported`"),
+        told.contains("sent a line that this whydrop cannot read ("),
         "{told}"
     );
     assert!(told.contains("are both of the same version?"), "{told}");

@@ -14,7 +14,10 @@ pub fn manifest_limit_bytes() -> Result<u64> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/base/daemonset.yaml");
     let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
     let limits = text.split_once("limits:").context("no limits")?.1;
-    let memory = limits.split_once("memory:").context("no limit of memory")?.1;
+    let memory = limits
+        .split_once("memory:")
+        .context("no limit of memory")?
+        .1;
     let memory = memory.lines().next().unwrap_or_default().trim();
     let mebibytes = memory.strip_suffix("Mi").context("not in Mi")?;
     Ok(mebibytes.parse::<u64>()? << 20)
@@ -83,7 +86,9 @@ impl Limited {
         let read = |file| fs::read_to_string(self.path.join(file)).context(file);
         let peak = read(self.pick("memory.max_usage_in_bytes", "memory.peak"))?;
         let events = read(self.pick("memory.oom_control", "memory.events"))?;
-        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        let kills = events
+            .lines()
+            .find_map(|line| line.strip_prefix("oom_kill "));
         let kills = kills.context("no oom_kill")?;
         Ok((peak.trim().parse()?, kills.trim().parse()?))
     }
@@ -95,7 +100,10 @@ impl Limited {
     pub fn ensure_has(&self, pid: u32) -> Result<()> {
         let all = fs::read_to_string(self.path.join("cgroup.procs"))?;
         let pid = pid.to_string();
-        ensure!(all.lines().any(|line| line == pid), "{pid} is not in {all:?}");
+        ensure!(
+            all.lines().any(|line| line == pid),
+            "{pid} is not in {all:?}"
+        );
         Ok(())
     }
 

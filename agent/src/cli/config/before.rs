@@ -84,7 +84,14 @@ fn takes_value(command: &Command, is_meant: impl Fn(&clap::Arg) -> bool) -> Opti
         .chain(command.get_subcommands())
         .flat_map(Command::get_arguments)
         .find(|arg| is_meant(arg))
-        .map(|arg| arg.get_action().takes_values())
+        .map(has_value)
+}
+
+fn has_value(arg: &clap::Arg) -> bool {
+    let is_alone = arg
+        .get_num_args()
+        .is_some_and(|values| !values.takes_values());
+    arg.get_action().takes_values() && !is_alone
 }
 
 #[cfg(test)]
@@ -154,7 +161,7 @@ mod tests {
                 let long = arg.get_long().map(str::to_owned);
                 let short = arg.get_short().map(String::from);
                 for name in long.into_iter().chain(short) {
-                    let takes = arg.get_action().takes_values();
+                    let takes = has_value(arg);
                     let before = *known.entry(name.clone()).or_insert(takes);
                     assert_eq!(before, takes, "{name} of {}", command.get_name());
                 }
