@@ -11,7 +11,7 @@ use whydrop::event::Line;
 use whydrop_tests::agent::{self, Agent, POLL, Sample};
 use whydrop_tests::lab::{Family, Host, Lab, Place};
 use whydrop_tests::memory::{self, Limited};
-use whydrop_tests::{counters, objects, packet, traffic};
+use whydrop_tests::{counters, objects, packet, scene, traffic};
 
 /// Until what was dropped must be on `/metrics` and in the stream.
 const DEADLINE: Duration = Duration::from_secs(40);
@@ -25,24 +25,6 @@ const A_SECOND: u16 = 10_000;
 const SECONDS: u16 = 4;
 /// Steps of a second in which they are sent.
 const STEPS: u16 = 20;
-
-/// The router drops what is for the server.
-fn lab() -> Result<Lab> {
-    let lab = Lab::alone()?;
-    let server = lab.address(Place::Of(Host::Server), Family::V4);
-    lab.nft(
-        Host::Router,
-        &format!(
-            "table ip lab {{
-               counter hits {{ }}
-               chain c {{ type filter hook forward priority 0;
-                 ip daddr {server} counter name hits drop
-               }}
-             }}"
-        ),
-    )?;
-    Ok(lab)
-}
 
 /// Packets that the node's counters have with a line each: what was dropped or rejected.
 fn told(samples: &[Sample]) -> u64 {
@@ -111,7 +93,7 @@ impl Read {
 /// that.
 #[test]
 fn a_slow_pipe_behind_tail() -> Result<()> {
-    let lab = lab()?;
+    let lab = scene::alone_dropping_for_server()?;
     let agent = Agent::start_unfollowed(&lab.node(), &objects::list(&lab), &["--dns", "off"])?;
     let mut tail = Command::new(agent::binary()?)
         .args(["tail", "-f", "-o", "json", "--last", "8192", "--socket"])
@@ -200,7 +182,7 @@ fn below_the_limit_of_the_manifest() -> Result<()> {
     const PORTS: u16 = 30_000;
     /// More than there may be.
     const READERS: usize = 100;
-    let lab = lab()?;
+    let lab = scene::alone_dropping_for_server()?;
     let limit = memory::manifest_limit_bytes()?;
     let limited = Limited::new(&format!("wdlab{}-memory", lab.id()), limit)?;
     let enter = limited.as_ref().map(Limited::enter).unwrap_or_default();
