@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use whydrop::event::Line;
 
-use crate::support::cluster::{Cluster, agent, line, output, program, publish, says, whydrop};
+use crate::support::cluster::{
+    Cluster, Program, agent, line, output, program, publish, says, whydrop,
+};
 use crate::support::{DEADLINE, until};
 
 mod support;
@@ -93,7 +95,7 @@ fn where_nobody_can_be_asked_it_says_what_was_looked_at() {
     command.env("KUBECONFIG", "/nowhere/config");
     let told = sentence(command);
     assert!(told.contains("/nowhere/config"), "{told}");
-    std::fs::write(cluster.home.path().join(".kube/config"), "clusters: {").unwrap();
+    std::fs::write(cluster.kubeconfig(), "clusters: {").unwrap();
     let told = sentence(cluster.command("tail"));
     assert!(
         told.contains("the kubeconfig cannot be used; mend it"),
@@ -102,14 +104,14 @@ fn where_nobody_can_be_asked_it_says_what_was_looked_at() {
     let told = sentence(cluster.command("tail --server http://127.0.0.1:1 --token t --context c"));
     assert!(told.contains("the kubeconfig cannot be used"), "{told}");
     // Nobody listens there.
-    std::fs::write(cluster.home.path().join(".kube/config"), "").unwrap();
+    std::fs::write(cluster.kubeconfig(), "").unwrap();
     let told = sentence(cluster.command("status --server http://127.0.0.1:1"));
     assert!(
         told.contains("cannot list pods in namespace whydrop"),
         "{told}"
     );
     // Without any cluster it is this node's agent.
-    std::fs::remove_file(cluster.home.path().join(".kube/config")).unwrap();
+    std::fs::remove_file(cluster.kubeconfig()).unwrap();
     let local = std::path::Path::new("/run/whydrop/agent.sock");
     if !local.exists() {
         let told = sentence(cluster.command("tail"));
@@ -239,6 +241,60 @@ fn lines_that_cannot_be_read_and_losses_of_agents_are_said() {
     tail.child.kill().unwrap();
     let told = tail.stderr();
     assert_eq!(told.matches("cannot read").count(), 1, "{told}");
+}
+
+/// An event of a later version has more, one of an earlier version less: each is shown, and what another
+/// version calls an event is not lost in silence.
+#[test]
+fn events_of_other_versions_are_shown() {
+    let cluster = Cluster::start();
+    let mut later: Value = serde_json::from_str(&line("node-a", 1)).unwrap();
+    later["colour"] = "red".into();
+    later["source"]["zone"] = "z".into();
+    cluster.add("node-a", says_and_ends(&later));
+    let mut earlier: Value = serde_json::from_str(&line("node-b", 2)).unwrap();
+    let fields = earlier.as_object_mut().unwrap();
+    for field in ["explanation", "dns", "drop", "tcp_flags", "ip_version"] {
+        fields.remove(field);
+    }
+    cluster.add("node-b", says_and_ends(&earlier));
+    let mut unknown: Value = serde_json::from_str(&line("node-c", 3)).unwrap();
+    unknown["outcome"] = "teleported".into();
+    cluster.add("node-c", says_and_ends(&unknown));
+
+    // As JSON they come as they were.
+    let (json, told) = output(cluster.command("tail -o json"));
+    assert_eq!((json.status.code(), &*told), (Some(0), ""));
+    let lines: Vec<Value> = serde_json::Deserializer::from_slice(&json.stdout)
+        .into_iter()
+        .map(Result::unwrap)
+        .collect();
+    assert_eq!(lines, [later, earlier, unknown]);
+    // For people what this version knows of them.
+    let (text, told) = output(cluster.command("tail"));
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert_eq!(
+        text.matches("shop/web-7d9f → db/pg-0:5432").count(),
+        2,
+        "{text}"
+    );
+    assert_eq!(told.lines().count(), 1, "{told}");
+    assert!(
+        told.contains("sent a line that this whydrop cannot read ("),
+        "{told}"
+    );
+    assert!(told.contains("are both of the same version?"), "{told}");
+}
+
+fn says_and_ends(line: &Value) -> Program {
+    let text = line.to_string() + "\n";
+    program(move |mut session| {
+        let text = text.clone();
+        async move {
+            session.stdout(&text).await;
+            session.exit(0).await;
+        }
+    })
 }
 
 #[test]

@@ -6,8 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::cluster::{Cluster, agent, line, output, program, publish, says};
-use crate::support::{Tail, until};
+use serde_json::Value;
+
+use crate::support::cluster::{Cluster, agent, line, output, program, publish, says, whydrop};
+use crate::support::{Agent, Tail, until};
 
 mod support;
 
@@ -166,15 +168,100 @@ fn agents_that_come_are_followed_and_those_that_go_are_forgotten() {
     }
 }
 
+/// As in a rolling update: the old pod ends, and the next one of its node comes.
+#[test]
+fn a_pod_that_is_being_deleted_is_read_to_its_end_and_not_asked_again() {
+    let cluster = Cluster::start();
+    let a = agent(&cluster, "node-a");
+    let mut tail = cluster.tail("-f");
+    a.wait_for_readers(1);
+    cluster.terminate("node-a");
+    publish(&a, [1]);
+    assert_eq!(tail.packets(1), [1]);
+    let next = Agent::start_as("node-a", tempfile::tempdir().unwrap());
+    cluster.add_next("node-a", whydrop(next.socket(), &[]));
+    next.wait_for_readers(1);
+    publish(&next, [2]);
+    assert_eq!(tail.packets(1), [2]);
+    cluster.delete("node-a");
+    a.wait_for_readers(0);
+    // As long as a node that is away waits for its first tries.
+    std::thread::sleep(Duration::from_secs(2));
+    publish(&next, [3]);
+    assert_eq!(tail.packets(1), [3]);
+    assert_eq!(cluster.execs("node-a").len(), 1);
+    assert_eq!(cluster.execs("node-a-next").len(), 1);
+    tail.child.kill().unwrap();
+    let told = tail.stderr();
+    for sentence in [
+        "the agent on node-a went away: its pod is being deleted",
+        "the agent on node-a is followed too",
+    ] {
+        assert_eq!(told.matches(sentence).count(), 1, "{sentence}: {told}");
+    }
+    assert_eq!(told.lines().count(), 2, "{told}");
+}
+
+#[test]
+fn a_pod_that_is_being_deleted_at_first_is_told_of_unless_the_next_one_is_there() {
+    let cluster = Cluster::start();
+    let a = agent(&cluster, "node-a");
+    let b = agent(&cluster, "node-b");
+    publish(&a, [1]);
+    cluster.terminate("node-a");
+    let mut tail = cluster.tail("-f");
+    b.wait_for_readers(1);
+    let next = Agent::start_as("node-a", tempfile::tempdir().unwrap());
+    cluster.add_next("node-a", whydrop(next.socket(), &[]));
+    next.wait_for_readers(1);
+    publish(&next, [2]);
+    assert_eq!(tail.packets(1), [2]);
+    tail.child.kill().unwrap();
+    let told = tail.stderr();
+    let sentence =
+        "the agent on node-a: its pod is being deleted; the next one is followed once it runs";
+    assert_eq!(told.matches(sentence).count(), 1, "{told}");
+    // What has been replaced is not asked, and is no failure.
+    let mut tail = cluster.tail("");
+    assert_eq!(tail.packets(1), [2]);
+    assert_eq!(tail.wait().code(), Some(0));
+    assert_eq!(tail.stderr(), "");
+    assert!(cluster.execs("node-a").is_empty());
+}
+
 #[test]
 fn status_of_a_cluster_that_is_well_ends_with_0() {
     let cluster = Cluster::start();
-    let _agents = ["node-a", "node-b"].map(|node| agent(&cluster, node));
+    let agents = ["node-a", "node-b"].map(|node| agent(&cluster, node));
     let (status, told) = output(cluster.command("status"));
     assert_eq!((status.status.code(), &*told), (Some(0), ""));
     let table = String::from_utf8(status.stdout).unwrap();
     assert!(table.starts_with("NODE    VERSION"), "{table}");
     assert_eq!(table.lines().count(), 3, "{table}");
+    // Only some nodes.
+    for (flags, rows) in [
+        ("status --node-name node-b", 1),
+        ("status --node-name *-a --node-name node-b", 2),
+    ] {
+        let (status, told) = output(cluster.command(&format!("{flags} -o json")));
+        assert_eq!((status.status.code(), &*told), (Some(0), ""));
+        let found: Vec<Value> = serde_json::from_slice(&status.stdout).unwrap();
+        assert_eq!(found.len(), rows, "{flags}: {found:?}");
+    }
+    let (status, told) = output(cluster.command("status --node-name node-c"));
+    assert_eq!(status.status.code(), Some(1));
+    assert!(
+        told.contains("no agent is on a node that --node-name selects"),
+        "{told}"
+    );
+    // Of one agent likewise.
+    let socket = agents[0].socket();
+    for (node, code) in [("node-a", 0), ("node-b", 1)] {
+        let line = format!("status --node-name {node} --socket {}", socket.display());
+        let (status, told) = output(cluster.command(&line));
+        assert_eq!(status.status.code(), Some(code), "{told}");
+        assert_eq!(told.contains("is on node node-a"), code == 1, "{told}");
+    }
 }
 
 #[test]
@@ -183,15 +270,21 @@ fn as_kubectls_plugin_it_takes_kubectls_flags() {
     let a = agent(&cluster, "node-a");
     publish(&a, [1]);
     let elsewhere = cluster.home.path().join("elsewhere");
-    std::fs::rename(cluster.home.path().join(".kube/config"), &elsewhere).unwrap();
-    let mut command =
-        cluster.command("tail -o json --context c --request-timeout 10s --kubeconfig");
-    command
-        .arg0("/usr/local/bin/kubectl-whydrop")
-        .arg(&elsewhere);
-    let mut tail = Tail::start(command);
-    assert_eq!(tail.packets(1), [1]);
-    assert_eq!(tail.wait().code(), Some(0));
+    std::fs::rename(cluster.kubeconfig(), &elsewhere).unwrap();
+    // Behind the command, before it, and on both sides.
+    for (before, behind) in [
+        ("", "--context c --request-timeout 10s --kubeconfig FILE"),
+        ("--context c --kubeconfig FILE", ""),
+        ("--kubeconfig FILE --cluster=c -n shop", "--context c"),
+    ] {
+        let line = format!("{before} tail -o json {behind}");
+        let line = line.replace("FILE", elsewhere.to_str().unwrap());
+        let mut command = cluster.command(&line);
+        command.arg0("/usr/local/bin/kubectl-whydrop");
+        let mut tail = Tail::start(command);
+        assert_eq!(tail.packets(1), [1], "{line}");
+        assert_eq!(tail.wait().code(), Some(0));
+    }
     let mut command = cluster.command("tail --no-such-flag");
     command.arg0("kubectl-whydrop");
     let (wrong, told) = output(command);

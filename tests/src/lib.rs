@@ -20,6 +20,7 @@
 //! | [`watching`] | a running conntrack source by itself, and traffic for it |
 //! | [`counters`] | counters that someone else keeps: nft, iptables, tc, SNMP, conntrack |
 //! | [`kernel`] | what the kernel can do, and the programs and maps that a process has in it |
+//! | [`memory`] | what a process may take and has taken, and a cgroup with a limit |
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
 //! | [`agent`] | the agent as a process: start, scrape, read events, stop |
 //! | [`scrape`] | what an agent serves over TCP |
@@ -32,7 +33,7 @@
 //!
 //! An agent sees the whole node, so also the drops of tests that run at the same time. Every lab
 //! therefore has addresses of its own, and what is checked is checked by pair. A test on node-wide
-//! sums stands in `tests/exact.rs` or `tests/limits.rs`: cargo runs one test binary after the other,
+//! sums stands in `tests/exact.rs`, `tests/limits.rs` or `tests/memory.rs`: cargo runs one test binary after the other,
 //! and those files take the lab's lock for themselves, so that no other lab runs meanwhile.
 
 pub mod agent;
@@ -46,6 +47,7 @@ pub mod expect;
 pub mod kernel;
 pub mod lab;
 pub mod listeners;
+pub mod memory;
 pub mod objects;
 pub mod packet;
 pub mod place;

@@ -16,6 +16,28 @@ pub const UDP_PORT: u16 = 5000;
 /// The TCP port at the server where nobody listens unless a test does.
 pub const TCP_PORT: u16 = 80;
 
+/// A lab by itself, for node-wide sums, whose router drops what is for the server over IPv4, and counts it as
+/// `hits`.
+///
+/// # Errors
+/// As [`Lab::alone`], and of nft.
+pub fn alone_dropping_for_server() -> Result<Lab> {
+    let lab = Lab::alone()?;
+    let server = lab.address(Place::Of(Host::Server), Family::V4);
+    lab.nft(
+        Host::Router,
+        &format!(
+            "table ip lab {{
+               counter hits {{ }}
+               chain c {{ type filter hook forward priority 0;
+                 ip daddr {server} counter name hits drop
+               }}
+             }}"
+        ),
+    )?;
+    Ok(lab)
+}
+
 /// The scene. The order of the fields is the order of the clean-up.
 pub struct Scene {
     bystander: Bystander,

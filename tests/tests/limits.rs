@@ -11,30 +11,12 @@ use whydrop::event::Line;
 use whydrop_tests::agent::{self, Agent, POLL, Sample};
 use whydrop_tests::lab::{Family, Host, Lab, Place};
 use whydrop_tests::packet::{self, flags, protocol};
-use whydrop_tests::{counters, expect, objects, traffic};
+use whydrop_tests::{counters, expect, objects, scene, traffic};
 
 /// Until what was dropped must be on `/metrics` and in the stream.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Many more lines than the agent keeps (8192) and the buffers of a socket hold.
 const LINES: usize = 20_000;
-
-/// The router drops what is for the server.
-fn lab() -> Result<Lab> {
-    let lab = Lab::alone()?;
-    let server = lab.address(Place::Of(Host::Server), Family::V4);
-    lab.nft(
-        Host::Router,
-        &format!(
-            "table ip lab {{
-               counter hits {{ }}
-               chain c {{ type filter hook forward priority 0;
-                 ip daddr {server} counter name hits drop
-               }}
-             }}"
-        ),
-    )?;
-    Ok(lab)
-}
 
 /// Sends `rounds` packets of each of many flows: ports from 10,000 on.
 fn send(lab: &Lab, number: u8, flows: u16, rounds: usize) -> Result<u64> {
@@ -111,7 +93,7 @@ fn node(samples: &[Sample], outcome: &str) -> u64 {
 /// Three series, then `__other__`.
 #[test]
 fn more_pairs_than_series() -> Result<()> {
-    let lab = lab()?;
+    let lab = scene::alone_dropping_for_server()?;
     let arguments = ["--max-series", "3"];
     let agent = Agent::start_with(&lab.node(), &objects::list(&lab), &arguments)?;
     // A SYN's port is a label, so each port is a series.
@@ -159,7 +141,7 @@ fn more_pairs_than_series() -> Result<()> {
 /// The smallest maps that the agent takes, and many times more flows than they hold.
 #[test]
 fn more_flows_than_the_maps_hold() -> Result<()> {
-    let lab = lab()?;
+    let lab = scene::alone_dropping_for_server()?;
     let said = Command::new(agent::binary()?)
         .args([
             "agent",
@@ -224,7 +206,7 @@ fn more_flows_than_the_maps_hold() -> Result<()> {
 /// neither the agent nor other readers.
 #[test]
 fn a_reader_that_stalls() -> Result<()> {
-    let lab = lab()?;
+    let lab = scene::alone_dropping_for_server()?;
     let agent = Agent::start(&lab)?;
     expect::barrier(&lab, &agent)?;
     let mut reader = agent.reader()?;

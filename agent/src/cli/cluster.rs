@@ -4,6 +4,7 @@
 //! | module | is |
 //! |---|---|
 //! | [`kubeconfig`] | which cluster, and as whom |
+//! | [`login`] | the same when it is not accepted any more |
 //! | [`agents`] | the agents' pods, listed and watched |
 //! | [`arguments`] | what the whydrop in a pod is asked |
 //! | [`exec`] | one command in a pod, [`lines`] what it prints |
@@ -15,13 +16,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
-use k8s_openapi::api::core::v1::Pod;
-use kube::client::ClientBuilder;
-use kube::{Api, Config};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::sync::Semaphore;
 
+use self::kubeconfig::Account;
+use self::login::Login;
 use crate::cli::config::AgentsArgs;
 use crate::selection::Selection;
 
@@ -32,6 +31,7 @@ pub mod follow;
 pub mod history;
 pub mod kubeconfig;
 pub mod lines;
+pub mod login;
 pub mod merge;
 pub mod node;
 pub mod resume;
@@ -45,7 +45,7 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The agents of a cluster, as one account sees them.
 pub struct Agents {
-    pods: Api<Pod>,
+    login: Login,
     namespace: String,
     selector: String,
     /// Which lines are wanted, and by `--node-name` which agents are asked.
@@ -59,17 +59,11 @@ impl Agents {
     ///
     /// # Errors
     /// If certificates, keys or a credential plugin cannot be used.
-    pub fn new(config: Config, args: &AgentsArgs, selection: Selection) -> anyhow::Result<Self> {
-        let mut config = config;
-        // Each failure is to be said with its own reason, so it is tried again here.
-        config.default_retry = false;
-        let url = config.cluster_url.to_string();
-        let client = ClientBuilder::try_from(config)
-            .with_context(|| format!("no client for {url}"))?
-            .build();
+    pub fn new(account: Account, args: &AgentsArgs, selection: Selection) -> anyhow::Result<Self> {
+        let login = Login::new(account, &args.agent_namespace)?;
         allow_connections();
         Ok(Self {
-            pods: Api::namespaced(client, &args.agent_namespace),
+            login,
             namespace: args.agent_namespace.clone(),
             selector: args.agent_selector.clone(),
             selection,

@@ -1,5 +1,6 @@
-//! Every flag of every command; those of `tail` and `status` are in `config/`. Each has an environment
-//! variable `WHYDROP_<FLAG>`.
+//! Every flag of every command; those of `tail`, `status` and `explain` are in `config/`. Each has an
+//! environment variable `WHYDROP_<FLAG>`; of two flags of one name and different meaning, kubectl's has
+//! `WHYDROP_KUBE_<FLAG>`.
 
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -19,6 +20,7 @@ use crate::cluster::watch::Reach;
 use crate::source::load::Attach;
 
 pub mod agents;
+mod before;
 mod explain;
 mod selection;
 mod tail;
@@ -29,7 +31,12 @@ pub const DEFAULT_SOCKET: &str = "/run/whydrop/agent.sock";
 /// Why does this connection hang? Sees every packet that this node's kernel drops, and names the
 /// pods.
 #[derive(Debug, Parser)]
-#[command(name = "whydrop", version, max_term_width = 100)]
+#[command(
+    name = "whydrop",
+    version,
+    max_term_width = 100,
+    after_help = "A command's flags, as kubectl's --context, may also stand before the command."
+)]
 pub struct Cli {
     /// What to do
     #[command(subcommand)]
@@ -315,8 +322,8 @@ pub enum ReportOutput {
     Json,
 }
 
-/// Parses the command line, its program name first. As `kubectl-whydrop` the binary is a plugin
-/// of kubectl and calls itself so.
+/// Parses the command line, its program name first; flags may stand before the command. As
+/// `kubectl-whydrop` the binary is a plugin of kubectl and calls itself so.
 ///
 /// # Errors
 /// What clap says, also for `--help`; its exit code is 2 for wrong usage.
@@ -328,6 +335,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
     if name.is_some_and(|n| n.starts_with("kubectl-whydrop")) {
         command = command.bin_name("kubectl whydrop");
     }
+    let args = before::put_behind(&command, args);
     let matches = command.try_get_matches_from_mut(args)?;
     Cli::from_arg_matches(&matches).map_err(|e| e.format(&mut command))
 }

@@ -35,12 +35,15 @@ pub fn run(args: TailArgs) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         tokio::select! {
             result = tail(args) => result,
             () = closed(io::stdout()) => Ok(ExitCode::SUCCESS),
         }
-    })
+    });
+    // Waits for no credential plugin that waits for somebody.
+    runtime.shutdown_background();
+    result
 }
 
 async fn tail(mut args: TailArgs) -> anyhow::Result<ExitCode> {
@@ -49,9 +52,9 @@ async fn tail(mut args: TailArgs) -> anyhow::Result<ExitCode> {
             local(args, &socket).await?;
             Ok(ExitCode::SUCCESS)
         }
-        Target::Cluster(config) => {
+        Target::Cluster(account) => {
             let selection = std::mem::take(&mut args.selection.0);
-            let agents = Agents::new(*config, &args.agents, selection)?;
+            let agents = Agents::new(*account, &args.agents, selection)?;
             follow::tail(agents, args).await
         }
     }

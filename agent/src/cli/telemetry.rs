@@ -22,6 +22,8 @@ pub fn start(verbose: u8, format: Option<LogFormat>, command: &Command) {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // Of a log that cannot be written (a full disk) nothing can be said, and trying it would panic.
+        .log_internal_errors(false)
         .with_ansi(terminal && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()));
     let started = match format {
         Some(LogFormat::Text) => log.try_init(),

@@ -44,8 +44,9 @@ pub enum SocketError {
     TooLong(PathBuf),
     /// The file system refused.
     #[error(
-        "could not {what} {}: {source}; run the agent as root or give it another --socket",
-        .path.display()
+        "could not {what} {}: {source}; {} give it another --socket",
+        .path.display(),
+        remedy(.source)
     )]
     Io {
         /// What was tried.
@@ -55,6 +56,15 @@ pub enum SocketError {
         /// The system's answer.
         source: io::Error,
     },
+}
+
+/// What else can be done.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::StorageFull => "make room there for the agent, or",
+        io::ErrorKind::ReadOnlyFilesystem => "let the agent write there, or",
+        _ => "run the agent as root or",
+    }
 }
 
 /// A socket that listens. Dropping it removes the socket and its lock, if they are still ours.

@@ -53,6 +53,9 @@ struct Shared {
     /// Events of the watch; the index is the version before each.
     log: Mutex<Vec<String>>,
     logged: Notify,
+    /// The token that is accepted, and how many requests had another.
+    token: Mutex<String>,
+    unauthorized: AtomicUsize,
     /// Codes with which requests of a kind are refused: `list`, `watch`, `exec`.
     refused: Mutex<HashMap<&'static str, u16>>,
     /// Pods in which something was run, in that order, with its arguments.
@@ -102,18 +105,50 @@ impl Cluster {
         let url = format!("http://{}", listener.local_addr().unwrap());
         runtime.spawn(accept(listener, app));
         let home = tempfile::tempdir().unwrap();
-        let config = json!({"current-context": "c",
-            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-            "clusters": [{"name": "c", "cluster": {"server": url}}],
-            "users": [{"name": "u", "user": {"token": "t"}}]});
         std::fs::create_dir(home.path().join(".kube")).unwrap();
-        std::fs::write(home.path().join(".kube/config"), config.to_string()).unwrap();
-        Self {
+        let cluster = Self {
             shared,
             home,
             url,
             _runtime: runtime,
-        }
+        };
+        cluster.accept("t");
+        cluster.configure("c", json!({"token": "t"}));
+        cluster
+    }
+
+    /// Where the kubeconfig is.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.home.path().join(".kube/config")
+    }
+
+    /// Writes the kubeconfig, with a current context and a user.
+    pub fn configure(&self, current: &str, user: Value) {
+        let config = json!({"current-context": current,
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "clusters": [{"name": "c", "cluster": {"server": self.url}}],
+            "users": [{"name": "u", "user": user}]});
+        self.write(".kube/config", &config.to_string());
+    }
+
+    /// Writes a file in the home folder, in one step for who reads it.
+    pub fn write(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.home.path().join(name);
+        let new = path.with_extension("new");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(&new, &path).unwrap();
+        path
+    }
+
+    /// From now on only this token is accepted. Watches end, as they do every few minutes.
+    pub fn accept(&self, token: &str) {
+        *self.shared.token.lock().unwrap() = token.to_owned();
+        self.shared.logged.notify_waiters();
+    }
+
+    /// How many requests had a token that was not accepted.
+    pub fn unauthorized(&self) -> usize {
+        self.shared.unauthorized.load(Ordering::SeqCst)
     }
 
     /// Adds an agent's pod, or changes what runs in it.
@@ -122,9 +157,19 @@ impl Cluster {
     }
 
     pub fn add_in_phase(&self, node: &str, phase: &str, program: Program) {
-        let name = format!("whydrop-{node}");
+        self.add_pod(node, node, phase, program);
+    }
+
+    /// Adds the pod that follows the one of a node; it is found as that of `NODE-next`.
+    pub fn add_next(&self, node: &str, program: Program) {
+        self.add_pod(&format!("{node}-next"), node, "Running", program);
+    }
+
+    fn add_pod(&self, name: &str, node: &str, phase: &str, program: Program) {
+        let uid = format!("uid-{name}");
+        let name = format!("whydrop-{name}");
         let object = json!({"apiVersion": "v1", "kind": "Pod",
-            "metadata": {"namespace": "whydrop", "name": name, "uid": format!("uid-{node}")},
+            "metadata": {"namespace": "whydrop", "name": name, "uid": uid},
             "spec": {"nodeName": node, "containers": [{"name": "agent"}]},
             "status": {"phase": phase}});
         self.shared
@@ -140,10 +185,22 @@ impl Cluster {
         self.log("ADDED", object);
     }
 
+    /// Begins to delete an agent's pod; what runs in it goes on.
+    pub fn terminate(&self, node: &str) {
+        let name = format!("whydrop-{node}");
+        let mut objects = self.shared.objects.lock().unwrap();
+        let object = objects.get_mut(&name).unwrap();
+        object["metadata"]["deletionTimestamp"] = "2026-11-22T12:03:10Z".into();
+        let object = object.clone();
+        drop(objects);
+        self.log("MODIFIED", object);
+    }
+
     /// Deletes an agent's pod; what runs in it ends.
     pub fn delete(&self, node: &str) {
         let name = format!("whydrop-{node}");
         let object = self.shared.objects.lock().unwrap().remove(&name).unwrap();
+        self.shared.pods.lock().unwrap().remove(&name);
         self.log("DELETED", object);
         self.cut(node);
     }
@@ -200,7 +257,11 @@ impl Cluster {
 async fn serve(shared: Extract<Arc<Shared>>, mut request: Request<Body>) -> Response<Body> {
     let path = request.uri().path().to_owned();
     let query = request.uri().query().unwrap_or("").to_owned();
-    assert_eq!(request.headers()[header::AUTHORIZATION], "Bearer t");
+    let token = shared.token.lock().unwrap().clone();
+    if request.headers()[header::AUTHORIZATION] != format!("Bearer {token}") {
+        shared.unauthorized.fetch_add(1, Ordering::SeqCst);
+        return error(401);
+    }
     let pods = path.strip_prefix("/api/v1/namespaces/whydrop/pods");
     let Some(pod) = pods else {
         return error(404);
@@ -217,7 +278,7 @@ async fn serve(shared: Extract<Arc<Shared>>, mut request: Request<Body>) -> Resp
     }
     match (what, pod) {
         ("exec", Some(pod)) => exec(&shared, &mut request, pod, &query),
-        ("watch", _) => watch(&shared, &query),
+        ("watch", _) => watch(&shared, &query, token),
         _ => {
             assert!(query.contains("labelSelector=app.kubernetes.io%2Fname%3Dwhydrop"));
             let version = shared.log.lock().unwrap().len().to_string();
@@ -229,19 +290,23 @@ async fn serve(shared: Extract<Arc<Shared>>, mut request: Request<Body>) -> Resp
     }
 }
 
-/// Events behind the version that the query names, and those that come.
-fn watch(shared: &Arc<Shared>, query: &str) -> Response<Body> {
+/// Events behind the version that the query names, and those that come while the token is accepted.
+fn watch(shared: &Arc<Shared>, query: &str, token: String) -> Response<Body> {
     let version = form_urlencoded::parse(query.as_bytes())
         .find(|(key, _)| key == "resourceVersion")
         .map_or(0, |(_, value)| value.parse().unwrap());
-    let lines = stream::unfold((shared.clone(), version), |(shared, at)| async move {
+    let begin = (shared.clone(), version, token);
+    let lines = stream::unfold(begin, |(shared, at, token)| async move {
         loop {
             let mut logged = std::pin::pin!(shared.logged.notified());
             logged.as_mut().enable();
+            if *shared.token.lock().unwrap() != token {
+                return None;
+            }
             let line = shared.log.lock().unwrap().get(at).cloned();
             if let Some(line) = line {
                 let line = Ok::<_, std::io::Error>(Bytes::from(line));
-                return Some((line, (shared.clone(), at + 1)));
+                return Some((line, (shared.clone(), at + 1, token)));
             }
             logged.await;
         }

@@ -1,6 +1,8 @@
 //! The agents of a cluster: pods of one namespace that have the agents' labels.
 
-use futures_util::{Stream, StreamExt as _};
+use std::collections::HashSet;
+
+use futures_util::stream::{self, BoxStream, Stream, StreamExt as _};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::api::ListParams;
@@ -8,6 +10,7 @@ use kube::runtime::{WatchStreamExt as _, watcher};
 use tokio::time::{Duration, timeout};
 
 use super::Agents;
+use super::login::NotRenewed;
 use crate::cluster::watch::causes;
 
 /// Pods in a page of a list.
@@ -86,6 +89,9 @@ pub enum ListError {
     /// The account is none, or its token expired.
     #[error("{}", super::exec::UNAUTHORIZED)]
     Unauthorized,
+    /// The same, and there is nothing newer.
+    #[error(transparent)]
+    NotRenewed(#[from] NotRenewed),
     /// The server does not answer, or with another error.
     #[error("cannot {verb} pods in namespace {namespace}: {why}")]
     Other {
@@ -129,6 +135,7 @@ impl Agents {
     /// # Errors
     /// The server refuses, or there are none.
     pub async fn list(&self) -> Result<Vec<Agent>, ListError> {
+        let api = self.login.pods();
         let mut pods = Vec::new();
         let mut params = ListParams::default().labels(&self.selector).limit(PAGE);
         loop {
@@ -137,7 +144,7 @@ impl Agents {
                 namespace: self.namespace.clone(),
                 why,
             };
-            let page = timeout(self.timeout, self.pods.list(&params)).await;
+            let page = timeout(self.timeout, api.list(&params)).await;
             let page = page
                 .map_err(|_| why(does_not_answer(self.timeout)))?
                 .map_err(|error| self.failure("list", &error))?;
@@ -155,6 +162,10 @@ impl Agents {
         }
         let all = pods.len();
         pods.retain(|agent| self.is_selected(agent));
+        // One that is being replaced has nothing to say once the next one is there.
+        let staying = pods.iter().filter(|agent| !agent.is_leaving);
+        let staying: HashSet<_> = staying.map(|agent| agent.node.clone()).collect();
+        pods.retain(|agent| !agent.is_leaving || !staying.contains(&agent.node));
         if pods.is_empty() {
             return Err(ListError::NotSelected(all));
         }
@@ -164,12 +175,25 @@ impl Agents {
 
     /// Follows the agents on selected nodes, for as long as it takes: errors are told, and tried again.
     pub fn watch(&self) -> impl Stream<Item = Result<Change, ListError>> + use<'_> {
+        let watch = Watch {
+            agents: self,
+            changes: None,
+            refused: None,
+        };
+        stream::unfold(watch, |mut watch| async {
+            let change = watch.next().await;
+            Some((change, watch))
+        })
+    }
+
+    /// The same as one login sees it.
+    fn changes(&self) -> impl Stream<Item = Result<Change, ListError>> + use<'_> {
         use watcher::Event;
         let config = watcher::Config::default()
             .labels(&self.selector)
             .page_size(PAGE);
         let mut listed = Vec::new();
-        watcher(self.pods.clone(), config)
+        watcher(self.login.pods(), config)
             .default_backoff()
             .filter_map(move |event| {
                 let change = match event {
@@ -230,6 +254,52 @@ impl Agents {
                 namespace,
                 why: super::exec::why(error),
             },
+        }
+    }
+}
+
+/// A watch that goes on with another login where one is not accepted any more.
+struct Watch<'a> {
+    agents: &'a Agents,
+    /// With the login's generation.
+    changes: Option<(u64, BoxStream<'a, Result<Change, ListError>>)>,
+    /// The login that was not accepted, until another is.
+    refused: Option<u64>,
+}
+
+impl Watch<'_> {
+    /// A login that is not accepted is told of if what was read anew is not either.
+    async fn next(&mut self) -> Result<Change, ListError> {
+        let login = &self.agents.login;
+        loop {
+            let (generation, changes) = match &mut self.changes {
+                Some(changes) => changes,
+                None => {
+                    if let Some(refused) = self.refused {
+                        login.renew(refused).await?;
+                    }
+                    let generation = login.generation();
+                    let changes = self.agents.changes().boxed();
+                    self.changes.insert((generation, changes))
+                }
+            };
+            match changes.next().await {
+                Some(Err(ListError::Unauthorized)) => {
+                    let before = self.refused.replace(*generation);
+                    self.changes = None;
+                    if before.is_some() {
+                        return Err(ListError::Unauthorized);
+                    }
+                }
+                Some(change) => {
+                    if change.is_ok() {
+                        self.refused = None;
+                    }
+                    return change;
+                }
+                // A watcher does not end.
+                None => std::future::pending().await,
+            }
         }
     }
 }

@@ -12,6 +12,7 @@ use tokio::time::{Duration, timeout};
 use super::Agents;
 use super::agents::{Agent, does_not_answer};
 use super::lines::Lines;
+use super::login::NotRenewed;
 use crate::cli::format::clean;
 use crate::cluster::watch::causes;
 
@@ -50,6 +51,9 @@ pub enum ExecError {
     /// The account is none, or its token expired.
     #[error("{UNAUTHORIZED}")]
     Unauthorized,
+    /// The same, and there is nothing newer.
+    #[error(transparent)]
+    NotRenewed(#[from] NotRenewed),
     /// The server does not run it.
     #[error("{0}")]
     NotRun(String),
@@ -88,7 +92,10 @@ impl ExecError {
 
     /// Whether the account is refused, for every agent alike.
     pub fn is_refused(&self) -> bool {
-        matches!(self, Self::Forbidden(_) | Self::Unauthorized)
+        matches!(
+            self,
+            Self::Forbidden(_) | Self::Unauthorized | Self::NotRenewed(_)
+        )
     }
 
     /// Whether the same question gets the same answer from that pod.
@@ -127,9 +134,10 @@ impl Agents {
         };
         let command = std::iter::once(PROGRAM).chain(arguments.iter().map(|a| &**a));
         let command: Vec<&str> = command.collect();
+        let pods = self.login.pods();
         let mut tries = 1;
         loop {
-            let started = self.pods.exec(&agent.pod, command.clone(), &params);
+            let started = pods.exec(&agent.pod, command.clone(), &params);
             let error = match timeout(self.timeout, started).await {
                 Ok(Ok(process)) => return Ok(Exec::of(process)),
                 Ok(Err(error)) => error,

@@ -14,8 +14,9 @@ use tokio::task::AbortHandle;
 use tokio::time::{Duration, Instant};
 
 use super::Agents;
-use super::agents::{Agent, Change};
+use super::agents::{Agent, Change, ListError};
 use super::arguments::Part;
+use super::exec::ExecError;
 use super::history;
 use super::merge::{Item, REORDERED, Reorder, WINDOW};
 use super::node::{self, Begin, NodeLines, Update};
@@ -85,6 +86,7 @@ pub async fn tail(agents: Agents, args: TailArgs) -> anyhow::Result<ExitCode> {
         updates,
         followed: HashMap::new(),
         was_connected: false,
+        refused: Refused::default(),
     };
     for agent in all {
         let (lines, begin) = match (read.remove(&agent.uid), begin) {
@@ -108,8 +110,13 @@ pub async fn tail(agents: Agents, args: TailArgs) -> anyhow::Result<ExitCode> {
             Some(change) = watch.next() => match change {
                 Ok(change) => {
                     watch_said = None;
+                    following.refused.not_any_more();
                     following.change(change);
                 }
+                Err(ListError::Unauthorized) => {
+                    following.refused.tell(&ExecError::Unauthorized);
+                }
+                Err(ListError::NotRenewed(error)) => following.refused.tell(&error.into()),
                 Err(error) => {
                     let error = error.to_string();
                     if watch_said.as_ref() != Some(&error) {
@@ -187,6 +194,38 @@ enum State {
     Away,
 }
 
+/// What was told of an account that is refused, which all agents have in common.
+#[derive(Default)]
+struct Refused {
+    /// The credentials are not accepted any more.
+    unauthorized: bool,
+    /// And those that there are now cannot be read.
+    not_renewed: bool,
+    /// The account may not ask agents any more.
+    forbidden: bool,
+}
+
+impl Refused {
+    fn tell(&mut self, error: &ExecError) {
+        let told = match error {
+            ExecError::NotRenewed(_) => &mut self.not_renewed,
+            ExecError::Forbidden(_) => &mut self.forbidden,
+            _ => &mut self.unauthorized,
+        };
+        if !std::mem::replace(told, true) {
+            eprintln!("whydrop: {error}; trying it again");
+        }
+    }
+
+    /// The credentials are accepted.
+    fn not_any_more(&mut self) {
+        if self.unauthorized || self.not_renewed {
+            eprintln!("whydrop: the API server accepts the credentials again");
+        }
+        (self.unauthorized, self.not_renewed) = (false, false);
+    }
+}
+
 struct Following {
     agents: Arc<Agents>,
     began: Instant,
@@ -194,6 +233,7 @@ struct Following {
     /// By the pod's UID.
     followed: HashMap<String, Followed>,
     was_connected: bool,
+    refused: Refused,
 }
 
 impl Following {
@@ -208,10 +248,13 @@ impl Following {
 
     fn begin(&mut self, agent: Agent, lines: Option<NodeLines>, begin: Begin) {
         if let Some(problem) = &agent.problem {
-            if !agent.is_leaving {
-                let name = name(&agent);
-                eprintln!("whydrop: the agent on {name}: {problem}; it is followed once it runs");
-            }
+            let name = name(&agent);
+            let next = if agent.is_leaving {
+                "the next one"
+            } else {
+                "it"
+            };
+            eprintln!("whydrop: the agent on {name}: {problem}; {next} is followed once it runs");
             return;
         }
         self.spawn(agent, lines, begin, State::New);
@@ -290,6 +333,8 @@ impl Following {
                 }
                 followed.state = State::Connected;
                 self.was_connected = true;
+                self.refused.forbidden = false;
+                self.refused.not_any_more();
             }
             Update::Away(error) if error.is_refused() && !self.was_connected => {
                 return Err(error.into());
@@ -299,6 +344,7 @@ impl Following {
                 followed.task.abort();
                 self.followed.remove(uid);
             }
+            Update::Away(error) if error.is_refused() => self.refused.tell(&error),
             Update::Away(error) => {
                 match followed.state {
                     State::Away => {}

@@ -28,7 +28,38 @@ pub enum Target {
     /// One agent, by its socket.
     Local(PathBuf),
     /// All agents of a cluster.
-    Cluster(Box<Config>),
+    Cluster(Box<Account>),
+}
+
+/// A cluster and who asks it.
+#[derive(Debug)]
+pub struct Account {
+    /// What a client is made of.
+    pub config: Config,
+    /// By which the same is found again, the context by its name: the current one may be another by then.
+    /// `None`: a pod's ServiceAccount.
+    flags: Option<KubeArgs>,
+}
+
+impl Account {
+    fn of_pod() -> Option<Self> {
+        let config = Config::incluster().ok()?;
+        Some(Self {
+            config,
+            flags: None,
+        })
+    }
+
+    /// Its configuration as it is now.
+    ///
+    /// # Errors
+    /// It is not there any more, or cannot be used.
+    pub async fn read_again(&self) -> anyhow::Result<Config> {
+        match &self.flags {
+            Some(flags) => Ok(account(flags).await?.config),
+            None => Config::incluster().context("the pod's ServiceAccount"),
+        }
+    }
 }
 
 /// Finds out who is asked.
@@ -41,17 +72,17 @@ pub async fn target(args: &AgentsArgs) -> anyhow::Result<Target> {
         return local();
     }
     if args.kube.names_a_cluster() || has_kubeconfig() {
-        let config = config(&args.kube).await.context(
+        let account = account(&args.kube).await.context(
             "the kubeconfig cannot be used; mend it, or ask one agent on its node with --socket",
         )?;
-        return Ok(Target::Cluster(Box::new(config)));
+        return Ok(Target::Cluster(Box::new(account)));
     }
     if args.local_socket().exists() {
         return local();
     }
-    match Config::incluster() {
-        Ok(config) => Ok(Target::Cluster(Box::new(config))),
-        Err(_) => local(),
+    match Account::of_pod() {
+        Some(account) => Ok(Target::Cluster(Box::new(account))),
+        None => local(),
     }
 }
 
@@ -62,14 +93,14 @@ pub async fn target(args: &AgentsArgs) -> anyhow::Result<Target> {
 /// There is neither, or it cannot be used.
 pub async fn cluster(args: &KubeArgs) -> anyhow::Result<Config> {
     if args.names_a_cluster() || has_kubeconfig() {
-        return config(args).await.context("the kubeconfig cannot be used");
+        let account = account(args).await.context("the kubeconfig cannot be used");
+        return Ok(account?.config);
     }
-    Config::incluster().map_err(|_| {
-        anyhow!(
-            "no configuration of a cluster: set KUBECONFIG, give --kubeconfig, or run in a pod with a \
-             ServiceAccount"
-        )
-    })
+    let account = Account::of_pod().context(
+        "no configuration of a cluster: set KUBECONFIG, give --kubeconfig, or run in a pod with a \
+         ServiceAccount",
+    );
+    Ok(account?.config)
 }
 
 impl KubeArgs {
@@ -89,7 +120,7 @@ fn has_kubeconfig() -> bool {
     given.is_some() || home().is_some_and(|path| path.exists())
 }
 
-async fn config(flags: &KubeArgs) -> anyhow::Result<Config> {
+async fn account(flags: &KubeArgs) -> anyhow::Result<Account> {
     let kubeconfig = match &flags.kubeconfig {
         Some(path) => Kubeconfig::read_from(path).map_err(|error| said(error, flags))?,
         // A server alone needs no file.
@@ -98,7 +129,13 @@ async fn config(flags: &KubeArgs) -> anyhow::Result<Config> {
     };
     let (kubeconfig, options) = with_flags(kubeconfig, flags)?;
     let config = Config::from_custom_kubeconfig(kubeconfig, &options).await;
-    config.map_err(|error| said(error, flags))
+    let mut flags = flags.clone();
+    let config = config.map_err(|error| said(error, &flags))?;
+    flags.context = options.context.filter(|name| name != FROM_FLAGS);
+    Ok(Account {
+        config,
+        flags: Some(flags),
+    })
 }
 
 /// kube's errors as one line, with what to do and, where they do not name it, the file.

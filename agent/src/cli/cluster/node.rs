@@ -161,6 +161,7 @@ pub async fn follow(
 ) {
     let mut begin = begin;
     let mut pause = *RETRY.start();
+    let mut was_unauthorized = false;
     loop {
         let since = match (lines.seen.resume(), begin) {
             (Some(seen), _) => Some(Since::At(seen)),
@@ -177,17 +178,28 @@ pub async fn follow(
         };
         let arguments = arguments::tail(&agents.selection, part);
         let began = Instant::now();
+        let generation = agents.login.generation();
         let mut session = Session {
             agents: &agents,
             agent: &agent,
             updates: &updates,
             is_connected: false,
         };
-        let Err(error) = session.read(&arguments, &mut lines).await;
+        let Err(mut error) = session.read(&arguments, &mut lines).await;
         if session.is_connected {
             pause = *RETRY.start();
             if matches!(begin, Begin::Now) {
                 begin = Begin::At(began);
+            }
+        }
+        let is_unauthorized = error == ExecError::Unauthorized;
+        let is_first = !std::mem::replace(&mut was_unauthorized, is_unauthorized);
+        if is_unauthorized {
+            match agents.login.renew(generation).await {
+                // Only if that is not accepted either there is something to say.
+                Ok(()) if is_first => continue,
+                Ok(()) => {}
+                Err(not_renewed) => error = not_renewed.into(),
             }
         }
         let is_final = error.is_final();
@@ -220,7 +232,7 @@ impl Session<'_> {
         let first = async {
             let mut exec = self.agents.exec(self.agent, arguments).await?;
             let read = exec.lines().await?;
-            Ok((exec, read))
+            Ok::<_, ExecError>((exec, read))
         };
         let patience = self.agents.timeout.min(OPENED);
         let (mut exec, mut read) = timeout(patience, first)

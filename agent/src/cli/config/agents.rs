@@ -61,9 +61,9 @@ pub struct KubeArgs {
     #[arg(long, value_name = "NAME", env = "WHYDROP_CONTEXT")]
     pub context: Option<String>,
 
-    // Without a variable: WHYDROP_CLUSTER is the agent's `--cluster auto|kube|none`.
+    // WHYDROP_CLUSTER is the agent's `--cluster auto|kube|none`.
     /// Its cluster
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", env = "WHYDROP_KUBE_CLUSTER")]
     pub cluster: Option<String>,
 
     /// Its user

@@ -127,6 +127,15 @@ pub struct StatusArgs {
     )]
     pub output: ReportOutput,
 
+    /// Only agents on these nodes; * stands for anything; may be repeated
+    #[arg(
+        long,
+        value_name = "NODE",
+        env = "WHYDROP_NODE_NAME",
+        help_heading = "Agents"
+    )]
+    pub node_name: Vec<String>,
+
     /// Which agents
     #[command(flatten)]
     pub agents: AgentsArgs,

@@ -137,12 +137,18 @@ fn every_flag_has_its_variable() {
                 continue;
             }
             let name = arg.get_long().unwrap();
-            // Means nothing without the flag behind it; and the variable is that of another flag.
-            let is_kubectls = arg.get_id() == "cluster" && command.get_name() != "agent";
-            if name == "not" || is_kubectls {
+            // Means nothing without the flag behind it.
+            if name == "not" {
                 continue;
             }
-            let variable = format!("WHYDROP_{}", name.replace('-', "_").to_uppercase());
+            // The agent's `--cluster auto|kube|none` is another flag than kubectl's.
+            let is_kubectls = name == "cluster" && command.get_name() != "agent";
+            let prefix = if is_kubectls {
+                "WHYDROP_KUBE_"
+            } else {
+                "WHYDROP_"
+            };
+            let variable = format!("{prefix}{}", name.replace('-', "_").to_uppercase());
             assert_eq!(
                 arg.get_env().and_then(|v| v.to_str()),
                 Some(&*variable),
@@ -150,6 +156,38 @@ fn every_flag_has_its_variable() {
             );
         }
     }
+}
+
+#[test]
+fn flags_may_stand_before_the_command() {
+    let parsed = |line: &str| format!("{:?}", cli(line).unwrap());
+    for (before, behind) in [
+        (
+            "kubectl-whydrop --context x -n shop tail -f --cluster c",
+            "kubectl-whydrop tail -f --context x -n shop --cluster c",
+        ),
+        (
+            "whydrop --kubeconfig k -v status --context x",
+            "whydrop status -v --kubeconfig k --context x",
+        ),
+        (
+            "whydrop --cluster kube agent",
+            "whydrop agent --cluster kube",
+        ),
+        (
+            "whydrop --server https://a explain a/b c/d",
+            "whydrop explain a/b c/d --server https://a",
+        ),
+    ] {
+        assert_eq!(parsed(before), parsed(behind), "{before}");
+    }
+    // What the command does not know is as wrong as behind it.
+    let error = wrong("whydrop --context x agent");
+    assert!(error.contains("unexpected argument '--context'"), "{error}");
+    let error = wrong("kubectl-whydrop --context x tial");
+    assert!(error.contains("unrecognized subcommand 'tial'"), "{error}");
+    let error = wrong("kubectl-whydrop --context x");
+    assert!(error.contains("Usage: kubectl whydrop"), "{error}");
 }
 
 #[test]

@@ -33,7 +33,7 @@ async fn over(file: &str, line: &str) -> anyhow::Result<Config> {
     std::fs::write(&path, file)?;
     let mut flags = flags(line);
     flags.kubeconfig = Some(path);
-    config(&flags).await
+    Ok(account(&flags).await?.config)
 }
 
 #[tokio::test]
@@ -106,7 +106,7 @@ async fn what_cannot_be_used_is_one_sentence() {
     }
     let mut flags = flags("");
     flags.kubeconfig = Some("/nowhere/config".into());
-    let error = config(&flags).await.unwrap_err().to_string();
+    let error = account(&flags).await.unwrap_err().to_string();
     assert!(error.contains("/nowhere/config"), "{error}");
 }
 

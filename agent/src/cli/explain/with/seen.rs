@@ -69,8 +69,8 @@ pub fn collect<'w>(args: &ExplainArgs, world: &'w World) -> Result<SeenBy<'w>> {
     runtime.block_on(async {
         match target(&args.agents).await? {
             Target::Local(socket) => seen.ask(&socket).await,
-            Target::Cluster(config) => {
-                let agents = Agents::new(*config, &args.agents, Selection::default())?;
+            Target::Cluster(account) => {
+                let agents = Agents::new(*account, &args.agents, Selection::default())?;
                 agents::collect(&agents, &mut seen).await
             }
         }
