@@ -9,7 +9,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::command::{command, find, output, quietly};
+use crate::{
+    architecture::Architecture,
+    command::{command, find, output, quietly},
+};
 
 const MIRROR: &str = "http://deb.debian.org/debian";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -24,6 +27,17 @@ impl Apt {
     /// Sets apt up in an empty folder and gets the suite's lists. Errors if this machine has no apt
     /// or no key of Debian's, or if the mirror does not carry the suite.
     pub fn new(work: &Path, suite: &str) -> Result<Self> {
+        Self::with(Vec::new(), work, suite)
+    }
+
+    /// As [`Apt::new`], for packages of an architecture.
+    pub fn of(architecture: Architecture, work: &Path, suite: &str) -> Result<Self> {
+        let options = ["APT::Architecture", "APT::Architectures"];
+        let options = options.map(|option| format!("{option}={architecture}"));
+        Self::with(options.to_vec(), work, suite)
+    }
+
+    fn with(mut options: Vec<String>, work: &Path, suite: &str) -> Result<Self> {
         for tool in ["apt-get", "dpkg-deb"] {
             ensure!(find(tool).is_some(), "there is no {tool}");
         }
@@ -38,7 +52,7 @@ impl Apt {
             &sources,
             format!("deb [signed-by={KEYRING}] {} {suite} main\n", mirror()),
         )?;
-        let options = [
+        options.extend([
             format!("Dir::Etc::sourcelist={}", sources.display()),
             "Dir::Etc::sourceparts=-".to_owned(),
             format!("Dir::State::lists={}", work.join("lists").display()),
@@ -48,10 +62,10 @@ impl Apt {
             "APT::Sandbox::User=root".to_owned(),
             "Acquire::Languages=none".to_owned(),
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
-        ];
+        ]);
         let apt = Self {
             work: work.to_owned(),
-            options: options.to_vec(),
+            options,
         };
         quietly(apt.tool("apt-get").args(["-qq", "update"]))?;
         Ok(apt)
@@ -87,6 +101,13 @@ impl Apt {
         Ok(files)
     }
 
+    /// These packages and all that they need to run.
+    pub fn closure(&self, packages: &[&str]) -> Result<Vec<String>> {
+        let mut install = self.tool("apt-get");
+        install.args(["-qq", "--simulate", "--no-install-recommends", "install"]);
+        Ok(installed(&output(install.args(packages))?))
+    }
+
     /// The packages that one depends on, the first of each choice.
     pub fn depends(&self, package: &str) -> Result<Vec<String>> {
         let text = output(self.tool("apt-cache").args(["show", package]))
@@ -105,6 +126,14 @@ fn depends(show: &str) -> Vec<String> {
         })
         .flat_map(|list| list.split(", "))
         .filter_map(|choice| choice.split([' ', '|', ':']).next())
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The packages that a simulated installation would install.
+fn installed(text: &str) -> Vec<String> {
+    text.lines()
+        .filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next())
         .map(str::to_owned)
         .collect()
 }
@@ -175,5 +204,13 @@ mod tests {
                 "initramfs-tools"
             ]
         );
+    }
+
+    #[test]
+    fn reads_what_would_be_installed() {
+        let text = "Inst libc6 (2.41-12 Debian:13/stable [arm64]) []\n\
+            Inst netbase (6.5 Debian:13/stable [all])\n\
+            Conf libc6 (2.41-12 Debian:13/stable [arm64])\n";
+        assert_eq!(installed(text), ["libc6", "netbase"]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     env,
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fmt, fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -59,9 +59,14 @@ fn search_path() -> impl Iterator<Item = PathBuf> {
 
 /// `cargo SUBCOMMAND --locked`, by the cargo that runs us.
 pub fn cargo(subcommand: &str) -> Command {
-    let mut command = command(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut command = command(cargo_path());
     command.args([subcommand, "--locked"]);
     command
+}
+
+/// The cargo that runs us.
+pub fn cargo_path() -> OsString {
+    env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
 /// Says what it runs and runs it.

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use crate::{
+    architecture::Architecture,
     build,
     command::find,
     go::{Module, downloaded},
@@ -68,9 +69,8 @@ pub fn busybox() -> Result<PathBuf> {
     let program = fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
     let image = Image {
         name: BUSYBOX,
-        architecture: oci::architecture()?,
         file: "busybox",
-        program: &program,
+        programs: &[(Architecture::own()?, program)],
         // By itself it does nothing for as long as it is let.
         entrypoint: &["/busybox", "sleep", "2147483647"],
         labels: json!({}),

@@ -1,9 +1,11 @@
 //! `cargo xtask`: the project's own commands. Each is one file.
 
 mod apt;
+mod architecture;
 mod bench;
 mod build;
 mod command;
+mod cross;
 mod demo;
 mod dependencies;
 mod fuzz;
@@ -37,7 +39,7 @@ enum Task {
     /// Build the `whydrop` binary with its eBPF object inside
     Build(build::Args),
     /// Make an OCI image archive of the static binary, target/whydrop.oci.tar
-    Image,
+    Image(image::Args),
     /// Make real drops between network namespaces and show what whydrop says about them (root)
     Demo,
     /// Run every test that this machine can run, or one group
@@ -72,7 +74,7 @@ fn run(task: &Task) -> Result<ExitCode> {
             .with_prometheus()
             .report()?,
         Task::Build(args) => build::run(args)?,
-        Task::Image => image::run()?,
+        Task::Image(args) => image::run(args)?,
         Task::Demo => demo::run()?,
         Task::Test(args) => return test::run(args),
         Task::Bench(args) => bench::run(args)?,

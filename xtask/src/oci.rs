@@ -1,15 +1,17 @@
-//! OCI image archives from scratch: one layer with one file. `ctr images import` and `podman load` read
-//! them.
+//! OCI image archives from scratch: one layer with one file, for one architecture or several. `ctr images
+//! import` and `podman load` read them.
 //!
 //! Nothing in one depends on when or where it was made, so the same program gives the same bytes.
 
-use std::{env::consts::ARCH, io::Write as _, path::Path};
+use std::{io::Write as _, path::Path};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use flate2::{Compression, GzBuilder};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 use tar::{Builder, EntryType, Header};
+
+use crate::architecture::Architecture;
 
 /// Everything belongs to the time when nothing was made.
 const CREATED: &str = "1970-01-01T00:00:00Z";
@@ -23,25 +25,14 @@ const LAYER: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 pub struct Image<'a> {
     /// Its name with its version, as `localhost/whydrop:0.1.0`.
     pub name: &'a str,
-    /// As OCI calls it.
-    pub architecture: &'a str,
     /// The name of the one file, which lies in `/`.
     pub file: &'a str,
-    /// What is in it: a static program.
-    pub program: &'a [u8],
+    /// What is in it: a static program of each architecture.
+    pub programs: &'a [(Architecture, Vec<u8>)],
     /// What a container of it runs.
     pub entrypoint: &'a [&'a str],
     /// What registries show.
     pub labels: Value,
-}
-
-/// What OCI calls this machine's architecture.
-pub fn architecture() -> Result<&'static str> {
-    match ARCH {
-        "x86_64" => Ok("amd64"),
-        "aarch64" => Ok("arm64"),
-        other => bail!("no image for {other}: whydrop runs on x86_64 and aarch64"),
-    }
 }
 
 /// Whoever reads it at the same time sees the old archive or the new one, never half of one.
@@ -54,9 +45,57 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The archive: an OCI image layout with one image, whose only layer holds the one file.
+/// The archive: an OCI image layout with one image. Of several architectures it is an index of images, of
+/// which each node takes its own.
 pub fn archive(image: &Image<'_>) -> Result<Vec<u8>> {
-    let files = tar([Entry::File(image.file, image.program, 0o755)])?;
+    let mut blobs = Vec::new();
+    let mut described = Vec::new();
+    for (architecture, program) in image.programs {
+        described.push(add(&mut blobs, image, *architecture, program)?);
+    }
+    let mut named = match <[Value; 1]>::try_from(described) {
+        Ok([manifest]) => manifest,
+        Err(manifests) => {
+            let index = Blob::json(INDEX, &index(manifests))?;
+            let descriptor = index.descriptor();
+            blobs.push(index);
+            descriptor
+        }
+    };
+    named["annotations"] = json!({
+        // What containerd goes by, and what the specification and podman do.
+        "io.containerd.image.name": image.name,
+        "org.opencontainers.image.ref.name": image.name,
+    });
+    let index = serde_json::to_vec(&index(vec![named]))?;
+
+    let mut blobs: Vec<_> = blobs
+        .into_iter()
+        .map(|blob| (blob.path(), blob.bytes))
+        .collect();
+    blobs.sort();
+    let mut entries = vec![
+        Entry::File("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644),
+        Entry::File("index.json", &index, 0o644),
+        Entry::Folder("blobs/"),
+        Entry::Folder("blobs/sha256/"),
+    ];
+    entries.extend(
+        blobs
+            .iter()
+            .map(|(path, bytes)| Entry::File(path, bytes, 0o644)),
+    );
+    tar(entries)
+}
+
+/// Adds the layer, config and manifest of an architecture; the manifest's descriptor.
+fn add(
+    blobs: &mut Vec<Blob>,
+    image: &Image<'_>,
+    architecture: Architecture,
+    program: &[u8],
+) -> Result<Value> {
+    let files = tar([Entry::File(image.file, program, 0o755)])?;
     // GzBuilder writes neither a time nor a system unless it is told to.
     let mut gzip = GzBuilder::new().write(Vec::new(), Compression::best());
     gzip.write_all(&files)?;
@@ -65,7 +104,7 @@ pub fn archive(image: &Image<'_>) -> Result<Vec<u8>> {
         CONFIG,
         &json!({
             "created": CREATED,
-            "architecture": image.architecture,
+            "architecture": architecture.name(),
             "os": "linux",
             "config": {
                 "Entrypoint": image.entrypoint,
@@ -90,30 +129,13 @@ pub fn archive(image: &Image<'_>) -> Result<Vec<u8>> {
         }),
     )?;
     let mut described = manifest.descriptor();
-    described["platform"] = json!({"architecture": image.architecture, "os": "linux"});
-    described["annotations"] = json!({
-        // What containerd goes by, and what the specification and podman do.
-        "io.containerd.image.name": image.name,
-        "org.opencontainers.image.ref.name": image.name,
-    });
-    let index = serde_json::to_vec(
-        &json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": [described]}),
-    )?;
+    described["platform"] = json!({"architecture": architecture.name(), "os": "linux"});
+    blobs.extend([config, layer, manifest]);
+    Ok(described)
+}
 
-    let mut blobs = [config, layer, manifest].map(|blob| (blob.path(), blob.bytes));
-    blobs.sort();
-    let mut entries = vec![
-        Entry::File("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644),
-        Entry::File("index.json", &index, 0o644),
-        Entry::Folder("blobs/"),
-        Entry::Folder("blobs/sha256/"),
-    ];
-    entries.extend(
-        blobs
-            .iter()
-            .map(|(path, bytes)| Entry::File(path, bytes, 0o644)),
-    );
-    tar(entries)
+fn index(manifests: Vec<Value>) -> Value {
+    json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests})
 }
 
 /// Bytes that others name by their digest.
@@ -186,6 +208,7 @@ pub mod tests {
     use flate2::read::GzDecoder;
 
     use super::*;
+    use crate::architecture::Architecture::{Amd64, Arm64};
     use crate::command::{command, output};
 
     /// Stands for the binary.
@@ -221,23 +244,25 @@ pub mod tests {
         bytes.clone()
     }
 
-    fn image<'a>(program: &'a [u8], architecture: &'a str) -> Image<'a> {
-        Image {
+    /// The archive of a program for each of these architectures.
+    fn made(program: &[u8], architectures: &[Architecture]) -> Vec<u8> {
+        let programs = architectures.iter().map(|of| (*of, program.to_vec()));
+        archive(&Image {
             name: "localhost/some:1",
-            architecture,
             file: "some",
-            program,
+            programs: &programs.collect::<Vec<_>>(),
             entrypoint: &["/some", "word"],
             labels: json!({"title": "some"}),
-        }
+        })
+        .unwrap()
     }
 
     #[test]
     fn the_same_program_gives_the_same_bytes() {
-        let first = archive(&image(PROGRAM, "amd64")).unwrap();
-        assert_eq!(first, archive(&image(PROGRAM, "amd64")).unwrap());
-        assert_ne!(first, archive(&image(b"another", "amd64")).unwrap());
-        assert_ne!(first, archive(&image(PROGRAM, "arm64")).unwrap());
+        let first = made(PROGRAM, &[Amd64]);
+        assert_eq!(first, made(PROGRAM, &[Amd64]));
+        assert_ne!(first, made(b"another", &[Amd64]));
+        assert_ne!(first, made(PROGRAM, &[Arm64]));
         // The same bytes on any machine and day: no time, name or system is in the layer.
         let files = files(&first);
         let layers = files
@@ -252,7 +277,7 @@ pub mod tests {
     #[test]
     fn every_digest_is_that_of_its_content() {
         let folder = tempfile::tempdir().unwrap();
-        let bytes = archive(&image(PROGRAM, "amd64")).unwrap();
+        let bytes = made(PROGRAM, &[Amd64]);
         tar::Archive::new(&bytes[..]).unpack(folder.path()).unwrap();
         let blobs = folder.path().join("blobs/sha256");
         let mut count = 0;
@@ -269,7 +294,7 @@ pub mod tests {
 
     #[test]
     fn the_layer_is_the_program_alone_and_the_config_starts_it() {
-        let files = files(&archive(&image(PROGRAM, "arm64")).unwrap());
+        let files = files(&made(PROGRAM, &[Arm64]));
         assert_eq!(
             parsed(&files["oci-layout"]),
             json!({"imageLayoutVersion": "1.0.0"})
@@ -297,5 +322,33 @@ pub mod tests {
         entry.read_to_end(&mut content).unwrap();
         assert_eq!(content, PROGRAM);
         assert!(entries.next().is_none());
+    }
+
+    #[test]
+    fn of_several_architectures_each_node_finds_its_own() {
+        let files = files(&made(PROGRAM, &Architecture::ALL));
+        let index = parsed(&files["index.json"]);
+        // One name, and behind it all of them: an importer takes the first manifest of a name.
+        let [named] = index["manifests"].as_array().unwrap().as_slice() else {
+            panic!("{index}");
+        };
+        assert_eq!(named["mediaType"], INDEX);
+        let image = "localhost/some:1";
+        let annotations = &named["annotations"];
+        assert_eq!(annotations["io.containerd.image.name"], image);
+        assert_eq!(annotations["org.opencontainers.image.ref.name"], image);
+        let platforms = parsed(&blob(&files, named));
+        let mut found = Vec::new();
+        for described in platforms["manifests"].as_array().unwrap() {
+            let manifest = parsed(&blob(&files, described));
+            let config = parsed(&blob(&files, &manifest["config"]));
+            assert_eq!(
+                config["architecture"],
+                described["platform"]["architecture"]
+            );
+            found.push(described["platform"].clone());
+        }
+        let platform = |name| json!({"architecture": name, "os": "linux"});
+        assert_eq!(found, [platform("amd64"), platform("arm64")]);
     }
 }

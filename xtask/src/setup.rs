@@ -22,8 +22,12 @@ pub enum Need {
     Build,
     /// The labs and benchmarks cannot run.
     Lab,
+    /// Nothing can be built for the other architecture.
+    Cross,
     /// No other kernel can be run in a virtual machine.
     Vm,
+    /// None of the other architecture can.
+    CrossVm,
     /// No API server can be built to test against.
     Kube,
     /// No kubelet can run pods.
@@ -70,7 +74,17 @@ impl Found {
     /// Installs what virtual machines need as well: an emulator is much for somebody who only builds.
     pub fn with_vm(mut self) -> Self {
         let known = self.missing.len();
-        packages(&mut self, |need| need == Need::Vm);
+        packages(&mut self, |need| {
+            matches!(need, Need::Vm | Need::Cross | Need::CrossVm)
+        });
+        self.say(known);
+        self
+    }
+
+    /// Installs the C compiler for the other architecture as well.
+    pub fn with_cross(mut self) -> Self {
+        let known = self.missing.len();
+        packages(&mut self, |need| need == Need::Cross);
         self.say(known);
         self
     }
@@ -155,6 +169,11 @@ const PACKAGES: &[Package] = &[
     vm("cpio", &["cpio"]),
     vm("kmod", &["depmod", "modprobe"]),
     Package {
+        name: "qemu-system-arm",
+        programs: &["qemu-system-aarch64"],
+        need: Need::CrossVm,
+    },
+    Package {
         name: "golang-go",
         programs: &["go"],
         need: Need::Kube,
@@ -177,6 +196,25 @@ const PACKAGES: &[Package] = &[
     },
 ];
 
+/// What builds for the architecture that this machine does not have.
+const CROSS: [Package; 2] = if cfg!(target_arch = "aarch64") {
+    [
+        cross("gcc-x86-64-linux-gnu", &["x86_64-linux-gnu-gcc"]),
+        cross(
+            "libc6-dev-amd64-cross",
+            &["/usr/x86_64-linux-gnu/lib/libc.a"],
+        ),
+    ]
+} else {
+    [
+        cross("gcc-aarch64-linux-gnu", &["aarch64-linux-gnu-gcc"]),
+        cross(
+            "libc6-dev-arm64-cross",
+            &["/usr/aarch64-linux-gnu/lib/libc.a"],
+        ),
+    ]
+};
+
 const fn lab(name: &'static str, programs: &'static [&'static str]) -> Package {
     Package {
         name,
@@ -190,6 +228,14 @@ const fn vm(name: &'static str, programs: &'static [&'static str]) -> Package {
         name,
         programs,
         need: Need::Vm,
+    }
+}
+
+const fn cross(name: &'static str, programs: &'static [&'static str]) -> Package {
+    Package {
+        name,
+        programs,
+        need: Need::Cross,
     }
 }
 
@@ -215,7 +261,10 @@ pub fn run() -> Result<Found> {
     rust_components(&mut found)?;
     bpf_linker(&mut found);
     packages(&mut found, |need| {
-        !matches!(need, Need::Vm | Need::Kube | Need::Node)
+        !matches!(
+            need,
+            Need::Vm | Need::Cross | Need::CrossVm | Need::Kube | Need::Node
+        )
     });
     found.say(0);
     Ok(found)
@@ -285,7 +334,7 @@ fn bpf_linker(found: &mut Found) {
 fn packages(found: &mut Found, wanted: impl Fn(Need) -> bool) {
     let lacking =
         |packages: &mut Vec<&Package>| packages.retain(|package| !package.lacks().is_empty());
-    let mut missing: Vec<_> = PACKAGES.iter().collect();
+    let mut missing: Vec<_> = PACKAGES.iter().chain(&CROSS).collect();
     missing.retain(|package| wanted(package.need));
     lacking(&mut missing);
     if missing.is_empty() {

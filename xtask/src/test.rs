@@ -14,7 +14,9 @@ use nix::unistd::geteuid;
 use crate::{
     build,
     command::{cargo, command, root, run as execute},
-    dependencies, fuzz, image, kube, prometheus,
+    dependencies, fuzz,
+    image::{self, Selection},
+    kube, prometheus,
     setup::{self, Found, Need},
     vm::{self, matrix::Matrix},
 };
@@ -26,7 +28,7 @@ const FUZZ_SECONDS: u32 = 20;
 pub struct Args {
     /// The group to run; all of them if it is left out
     group: Option<Group>,
-    /// Of the group vm only this kernel: 5.10, 6.1, 6.12, newest
+    /// Of the group vm only this kernel: 5.10, 6.1, 6.12, newest, arm64
     #[arg(long, value_name = "KERNEL")]
     kernel: Option<String>,
 }
@@ -219,14 +221,9 @@ fn netns(found: &Found) -> Outcome {
     }
 }
 
-/// The agent, which the labs start as a program. With the labs' package, so that its dependencies are
-/// built with the same features, once.
+/// The agent, which the labs start as a program.
 fn agent() -> Result<()> {
-    execute(cargo("build").args([
-        "--package=whydrop",
-        "--package=whydrop-tests",
-        "--bin=whydrop",
-    ]))
+    execute(&mut build::whydrop())
 }
 
 fn labs() -> Result<()> {
@@ -249,7 +246,7 @@ fn machines(kernel: Option<&str>, found: &Found) -> Outcome {
     if let Some(reason) = vm::cannot(found).or_else(|| found.lacks(Need::Lab)) {
         return Outcome::Skipped(reason);
     }
-    match vm::matrix::run(kernel) {
+    match vm::matrix::run(kernel, vm::cannot_be_other(found).as_deref()) {
         Ok(Matrix::Good(what)) => Outcome::Passed(what),
         Ok(Matrix::Bad(what)) => Outcome::Failed(what),
         Ok(Matrix::NoKernel(why)) => Outcome::Skipped(why),
@@ -281,7 +278,7 @@ fn kubernetes(found: &Found) -> Outcome {
                 .env("WHYDROP_KUBE_PROGRAMS", programs)
                 .env("WHYDROP_TEST_FIXES", fixes)
                 .env("WHYDROP_TIERS", kube::tiers()?)
-                .env("WHYDROP_IMAGE", image::made_twice()?)
+                .env("WHYDROP_IMAGE", image::made_twice(&Selection::own()?)?)
                 .env("WHYDROP_BUSYBOX_IMAGE", kube::busybox()?)
                 .env("WHYDROP_PROMETHEUS", prometheus)
                 .env("WHYDROP_PROMTOOL", promtool),

@@ -1,10 +1,12 @@
 //! `cargo xtask vm`: a command in a virtual machine of another kernel. What the group `vm` of
 //! `cargo xtask test` does with it is in `vm/matrix.rs`.
 
+mod foreign;
 mod initramfs;
 mod kernels;
 mod machine;
 pub mod matrix;
+mod plans;
 mod steps;
 
 use std::{
@@ -23,6 +25,7 @@ use self::{
     steps::{Heard, Reader, Step},
 };
 use crate::{
+    architecture::Architecture,
     build,
     command::{find, host},
     setup::{self, Found, Need},
@@ -37,7 +40,7 @@ const LIMIT: Duration = Duration::from_secs(3600);
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// 5.10, 6.1, 6.12, newest, or any Debian suite (bookworm-backports, sid)
+    /// 5.10, 6.1, 6.12, newest, arm64, or any Debian suite (bookworm-backports, sid)
     kernel: String,
     /// Further words of the kernel's command line, such as `lockdown=integrity`
     #[arg(long, value_name = "WORDS", default_value = "")]
@@ -60,11 +63,18 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if let Some(reason) = cannot(&found) {
         bail!("no virtual machine: {reason}");
     }
-    let kernel = kernels::get(suite(&args.kernel))?;
+    let (suite, architecture) = kernel(&args.kernel)?;
+    if architecture != Architecture::own()?
+        && let Some(reason) = cannot_be_other(&found)
+    {
+        bail!("no virtual machine of {architecture}: {reason}");
+    }
+    let kernel = kernels::get(suite, architecture)?;
     let mut programs = if args.labs {
-        matrix::programs()?
+        matrix::programs(architecture)?
     } else {
-        vec![(build::shipped()?, format!("{PROGRAMS}/whydrop"))]
+        let binary = build::shipped(architecture)?;
+        vec![(binary, format!("{PROGRAMS}/whydrop"))]
     };
     for file in &args.file {
         let name = file.file_name().context("--file names no file")?;
@@ -73,14 +83,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let place = Place::new()?;
     let interactive = args.command.is_empty();
     let script = if interactive {
-        format!("stty -F /dev/ttyS1 sane; cd /root; {ENVIRONMENT} setsid -c sh -i\n")
+        format!("stty -F /dev/$steps sane; cd /root; {ENVIRONMENT} setsid -c sh -i\n")
     } else {
         steps::script(&[Step {
             name: "command".to_owned(),
             command: format!("cd /root; exec env {ENVIRONMENT} {}", quoted(&args.command)),
         }])
     };
-    initramfs::write(&place.initramfs, &kernel.modules(), &programs, &script)?;
+    initramfs::write(&place.initramfs, &kernel, &programs, &script)?;
     // A person's time passes while the machine waits.
     let clock = if interactive {
         Clock::Real
@@ -106,15 +116,17 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .with_context(|| format!("the end of the console:\n{}", machine.tail()))
 }
 
-/// The suite of a kernel's short name; any other name is a suite's own.
-fn suite(name: &str) -> &str {
-    match name {
+/// The suite and architecture of a kernel's short name; any other name is a suite's own.
+fn kernel(name: &str) -> Result<(&str, Architecture)> {
+    let suite = match name {
+        "arm64" => return Ok(("trixie", Architecture::Arm64)),
         "5.10" => "bullseye",
         "6.1" => "bookworm",
         "6.12" => "trixie",
         "newest" => "forky",
         suite => suite,
-    }
+    };
+    Ok((suite, Architecture::own()?))
 }
 
 /// A shell's words for these arguments.
@@ -135,6 +147,11 @@ pub fn cannot(found: &Found) -> Option<String> {
         }
     }
     found.lacks(Need::Vm)
+}
+
+/// Why none of the other architecture can be inside; `None` if it can.
+pub fn cannot_be_other(found: &Found) -> Option<String> {
+    found.lacks(Need::Cross).or(found.lacks(Need::CrossVm))
 }
 
 /// Where kernels are kept, and what the machines wrote.
@@ -161,6 +178,7 @@ impl Place {
 
     fn machine<'a>(&'a self, kernel: &Kernel, parameters: &'a str, clock: Clock) -> Machine<'a> {
         Machine {
+            architecture: kernel.architecture,
             image: kernel.image(),
             initramfs: &self.initramfs,
             parameters,

@@ -1,6 +1,7 @@
 #!/usr/bin/sh
 # The first process of the machine: mounts what a node has mounted, runs the steps, switches off.
-# The console is ttyS0; what the steps write goes to ttyS1.
+# The kernel writes to the console; what the steps write goes to the device that $steps names, a word of
+# the kernel's command line.
 
 /usr/bin/busybox mkdir -p /busybox /dev /proc /sys /run /tmp /root
 /usr/bin/busybox --install -s /busybox
@@ -23,7 +24,7 @@ ip link set lo up
 # So that a lab can fill the table, whatever the machine's memory.
 modprobe nf_conntrack && echo 8192 > /proc/sys/net/netfilter/nf_conntrack_max
 
-stty -F /dev/ttyS1 raw -echo
-. /steps </dev/ttyS1 >/dev/ttyS1 2>&1
+stty -F /dev/$steps raw -echo
+. /steps </dev/$steps >/dev/$steps 2>&1
 sync
 poweroff -f

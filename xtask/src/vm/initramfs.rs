@@ -1,5 +1,6 @@
 //! What the machine boots into: this machine's own network tools with their libraries, busybox for
-//! the rest, and the programs to run. All are read from memory; there is no disk.
+//! the rest, and the programs to run. All are read from memory; there is no disk. A machine of another
+//! architecture has Debian's tools (`foreign.rs`).
 
 use std::{
     fs,
@@ -12,7 +13,12 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use tempfile::TempDir;
 
-use crate::command::{command, find, output};
+use super::kernels::Kernel;
+use crate::{
+    architecture::Architecture,
+    command::{command, find, output},
+    cross,
+};
 
 /// The first process.
 const INIT: &str = include_str!("init.sh");
@@ -52,7 +58,12 @@ const NAMES: [&str; 2] = ["/etc/protocols", "/etc/services"];
 
 /// Writes the initramfs: the tools, a kernel's modules, programs, and the steps (a shell script that
 /// `init.sh` reads).
-pub fn write(to: &Path, modules: &Path, programs: &[(PathBuf, String)], steps: &str) -> Result<()> {
+pub fn write(
+    to: &Path,
+    kernel: &Kernel,
+    programs: &[(PathBuf, String)],
+    steps: &str,
+) -> Result<()> {
     let folder = to.parent().context("the initramfs has no folder")?;
     let root = TempDir::with_prefix_in("root-", folder)?;
     let root = root.path();
@@ -62,7 +73,11 @@ pub fn write(to: &Path, modules: &Path, programs: &[(PathBuf, String)], steps: &
     }
     symlink("usr/lib", root.join("lib64"))?;
     symlink("lib", root.join("usr/lib64"))?;
-    tools(root)?;
+    let mut others = vec![kernel.modules()];
+    match kernel.tools() {
+        Some(archive) => others.push(archive),
+        None => tools(root)?,
+    }
     for (program, path) in programs {
         copy(program, &root.join(path.trim_start_matches('/')))?;
     }
@@ -72,7 +87,11 @@ pub fn write(to: &Path, modules: &Path, programs: &[(PathBuf, String)], steps: &
     archive(root, to)?;
     // The kernel unpacks one archive after the other.
     let mut file = fs::OpenOptions::new().append(true).open(to)?;
-    io::copy(&mut fs::File::open(modules)?, &mut file)?;
+    for other in others {
+        let mut other =
+            fs::File::open(&other).with_context(|| format!("open {}", other.display()))?;
+        io::copy(&mut other, &mut file)?;
+    }
     file.flush()?;
     Ok(())
 }
@@ -180,11 +199,12 @@ fn shared(text: &str) -> Vec<PathBuf> {
 }
 
 /// Copies a file without what debuggers need, which would be nine tenths of the machine's memory.
-pub fn strip(from: &Path, to: &Path) -> Result<()> {
-    if find("strip").is_none() {
+pub fn strip(architecture: Architecture, from: &Path, to: &Path) -> Result<()> {
+    let strip = cross::tool(architecture, "strip")?;
+    if find(&strip).is_none() {
         return copy(from, to);
     }
-    output(command("strip").arg("-o").arg(to).arg(from)).map(drop)
+    output(command(strip).arg("-o").arg(to).arg(from)).map(drop)
 }
 
 /// Copies what a path leads to, with its mode.

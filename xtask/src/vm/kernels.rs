@@ -1,5 +1,6 @@
-//! Debian's kernels, fetched by apt and kept in `target/vm/kernels/SUITE`. A folder there is whole:
-//! it appears by one rename. Removing it is how to get the suite's newest kernel.
+//! Debian's kernels, fetched by apt and kept in `target/vm/kernels/SUITE`, of another architecture in
+//! `SUITE-ARCHITECTURE` with the tools for it. A folder there is whole: it appears by one rename. Removing
+//! it is how to get the suite's newest kernel.
 
 use std::{
     fs,
@@ -12,12 +13,13 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     apt::Apt,
+    architecture::Architecture,
     command::{command, quietly},
-    vm::{self, initramfs},
+    vm::{self, foreign, initramfs},
 };
 
-/// The package that names a suite's newest kernel for virtual machines.
-const META: &str = "linux-image-cloud-amd64";
+/// The package that names a suite's newest kernel for virtual machines, before the architecture.
+const META: &str = "linux-image-cloud-";
 /// What its parts are called, before their version; the image alone until 7.x.
 const PARTS: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
 /// Modules that the labs can need, below `kernel/`; all others would only fill the machine's memory.
@@ -26,11 +28,15 @@ const DRIVERS: [&str; 1] = ["net"];
 /// Drivers of hardware that no virtual machine has.
 const NO_DRIVERS: [&str; 3] = ["ethernet", "wireless", "wwan"];
 
+const TOOLS: &str = "tools.cpio";
+
 /// A kernel that is ready to boot.
 #[derive(Clone, Debug)]
 pub struct Kernel {
     /// As `uname -r` shows it.
     pub release: String,
+    /// What it runs on.
+    pub architecture: Architecture,
     folder: PathBuf,
 }
 
@@ -44,17 +50,27 @@ impl Kernel {
     pub fn modules(&self) -> PathBuf {
         self.folder.join("modules.cpio")
     }
+
+    /// The tools of its architecture, as an archive for the initramfs; none if this machine's own will do.
+    pub fn tools(&self) -> Option<PathBuf> {
+        Some(self.folder.join(TOOLS)).filter(|file| file.is_file())
+    }
 }
 
 /// The kernel of a suite: the one that was kept, else the newest that apt finds.
-pub fn get(suite: &str) -> Result<Kernel> {
+pub fn get(suite: &str, architecture: Architecture) -> Result<Kernel> {
     let kernels = vm::folder().join("kernels");
-    let folder = kernels.join(suite);
+    let own = architecture == Architecture::own()?;
+    let folder = kernels.join(if own {
+        suite.to_owned()
+    } else {
+        format!("{suite}-{architecture}")
+    });
     if !folder.exists() {
         fs::create_dir_all(&kernels)?;
         let work = vm::work()?;
-        let ready =
-            fetch(suite, work.path()).with_context(|| format!("no kernel of Debian's {suite}"))?;
+        let ready = fetch(suite, architecture, work.path())
+            .with_context(|| format!("no kernel of Debian's {suite} for {architecture}"))?;
         // Somebody else may have been quicker; theirs is as good.
         if let Err(error) = fs::rename(&ready, &folder)
             && !folder.exists()
@@ -64,19 +80,27 @@ pub fn get(suite: &str) -> Result<Kernel> {
     }
     let release = fs::read_to_string(folder.join("release"))
         .with_context(|| format!("{} is no kernel; remove it", folder.display()))?;
-    Ok(Kernel { release, folder })
+    Ok(Kernel {
+        release,
+        architecture,
+        folder,
+    })
 }
 
 /// Makes a kernel's folder below `work`.
-fn fetch(suite: &str, work: &Path) -> Result<PathBuf> {
-    eprintln!("vm: fetching the kernel of Debian's {suite}");
+fn fetch(suite: &str, architecture: Architecture, work: &Path) -> Result<PathBuf> {
+    eprintln!("vm: fetching the kernel of Debian's {suite} for {architecture}");
     let (apt_folder, tree, ready) = (work.join("apt"), work.join("tree"), work.join("ready"));
     for folder in [&apt_folder, &tree, &ready] {
         fs::create_dir(folder)?;
     }
-    let apt = Apt::new(&apt_folder, suite)?;
-    for package in apt.download(&parts(META, |package| apt.depends(package))?)? {
+    let apt = Apt::of(architecture, &apt_folder, suite)?;
+    let meta = format!("{META}{architecture}");
+    for package in apt.download(&parts(&meta, |package| apt.depends(package))?)? {
         quietly(command("dpkg-deb").arg("-x").arg(package).arg(&tree))?;
+    }
+    if architecture != Architecture::own()? {
+        foreign::tools(architecture, suite, &work.join("tools"), &ready.join(TOOLS))?;
     }
     let (modules, release) = modules_folder(&tree)?;
     let image = [
@@ -172,6 +196,8 @@ fn keep(folder: &Path, wanted: impl Fn(&str) -> bool) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const META: &str = "linux-image-cloud-amd64";
 
     fn of(depends: &[(&str, &[&str])]) -> Result<Vec<String>> {
         let find = |package: &str| {

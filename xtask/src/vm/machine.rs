@@ -12,10 +12,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::command::{command, quietly};
+use crate::{
+    architecture::Architecture,
+    command::{command, quietly},
+};
 
-/// The emulator of this machine's own architecture; the only one that Debian's kernels are got for.
-pub const QEMU: &str = "qemu-system-x86_64";
 /// Twice the initramfs, which is unpacked beside its archive, and what the labs take.
 const MEMORY_MIB: &str = "1536";
 /// How much of the console is shown when something goes wrong.
@@ -33,6 +34,8 @@ pub enum Clock {
 
 /// A machine that is described and not yet started.
 pub struct Machine<'a> {
+    /// What it is.
+    pub architecture: Architecture,
     /// The kernel's image.
     pub image: PathBuf,
     /// What it boots into.
@@ -45,43 +48,71 @@ pub struct Machine<'a> {
     pub console: &'a Path,
 }
 
+/// What differs between the architectures.
+struct Hardware {
+    qemu: &'static str,
+    arguments: &'static [&'static str],
+    /// The device that the steps write to; the first serial port is the console.
+    second_port: &'static str,
+    /// Words of the kernel's command line. Of `steps` it makes a variable for `init.sh`.
+    parameters: &'static str,
+}
+
+impl Hardware {
+    fn of(architecture: Architecture) -> Self {
+        match architecture {
+            Architecture::Amd64 => Self {
+                qemu: "qemu-system-x86_64",
+                arguments: &["-cpu", "qemu64,+rdrand"],
+                second_port: "isa-serial",
+                // The emulated interrupt controller loses the timer's interrupts on some kernels.
+                parameters: "console=ttyS0 steps=ttyS1 noapic random.trust_cpu=on",
+            },
+            Architecture::Arm64 => Self {
+                qemu: "qemu-system-aarch64",
+                arguments: &["-machine", "virt", "-cpu", "cortex-a72"],
+                second_port: "pci-serial",
+                parameters: "console=ttyAMA0 steps=ttyS0 random.trust_bootloader=on",
+            },
+        }
+    }
+}
+
 impl Machine<'_> {
     fn start(&self, stdin: Stdio, stdout: Stdio) -> Result<Running> {
+        let hardware = Hardware::of(self.architecture);
         // A machine that outlives who started it would run for ever.
         let mut qemu = command("setpriv");
-        qemu.args(["--pdeathsig", "KILL", QEMU]);
+        qemu.args(["--pdeathsig", "KILL", hardware.qemu]);
         match self.clock {
             Clock::Counted => qemu
                 .args(["-accel", "tcg,thread=single", "-smp", "1"])
                 .args(["-icount", "shift=0,sleep=off"]),
             Clock::Real => qemu.args(["-accel", "tcg,thread=multi", "-smp", "2"]),
         };
-        qemu.args(["-cpu", "qemu64,+rdrand", "-m", MEMORY_MIB])
+        qemu.args(hardware.arguments)
+            .args(["-m", MEMORY_MIB])
             .args(["-nodefaults", "-display", "none", "-no-reboot"])
             .arg("-serial")
             .arg(format!("file:{}", self.console.display()))
-            .args(["-serial", "stdio"])
+            .args(["-chardev", "stdio,id=steps", "-device"])
+            .arg(format!("{},chardev=steps", hardware.second_port))
             .arg("-kernel")
             .arg(&self.image)
             .arg("-initrd")
             .arg(self.initramfs)
-            .args(["-append", &self.command_line()])
+            // With a panic the machine ends.
+            .arg("-append")
+            .arg(format!(
+                "{} panic=-1 {}",
+                hardware.parameters, self.parameters
+            ))
             .stdin(stdin)
             .stdout(stdout);
         let child = qemu
             .spawn()
-            .with_context(|| format!("could not start {QEMU}"))?;
+            .with_context(|| format!("could not start {}", hardware.qemu))?;
         Ok(Running(child))
-    }
-
-    fn command_line(&self) -> String {
-        // The emulated interrupt controller loses the timer's interrupts on some kernels. With a
-        // panic the machine ends.
-        let mut words = "console=ttyS0 noapic panic=-1 random.trust_cpu=on".to_owned();
-        if !self.parameters.is_empty() {
-            words += &format!(" {}", self.parameters);
-        }
-        words
     }
 
     /// Runs it and hands on each line that the steps write. Errors if it is not off by itself within

@@ -1,4 +1,4 @@
-//! The group `vm`: which kernels, and what runs on each.
+//! The group `vm`: runs the machines of `plans.rs`, and says what each showed.
 
 use std::{
     collections::VecDeque,
@@ -10,193 +10,18 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::Value;
 
 use super::{
     ENVIRONMENT, PROGRAMS, Place, initramfs,
     kernels::{self, Kernel},
-    machine::Clock,
+    plans::{LABS, LIMIT, MATRIX, Plan, SILENCE},
     steps::{self, Heard, Ran, Reader, Step},
 };
-use crate::build;
-
-/// All labs that run in machines: files of `tests/tests/`. A lab more is a word more, here and in a row
-/// of [`MATRIX`].
-const LABS: [&str; 3] = ["netfilter", "connects", "dns"];
-/// Which tests of a lab run. A machine without KVM takes five to ten seconds for each, for the agent's
-/// start; what differs between kernels differs in the hooks, which both families share.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Tests {
-    /// Of IPv4.
-    Ipv4,
-    /// Of IPv4, one for each way in which a rule can drop or refuse.
-    Few,
-    /// Of IPv4, what is lost and how it is told, also behind a Service.
-    Lost,
-}
-
-impl Tests {
-    /// Words for libtest.
-    fn filter(self) -> &'static str {
-        match self {
-            Self::Ipv4 => " --skip ::ipv6",
-            Self::Lost => " lost::ipv4 told::ipv4 behind_a_service::ipv4",
-            Self::Few => {
-                " --skip ::ipv6 nft_forward nft_output nft_reject_told_to_all legacy_reset ipset_nft"
-            }
-        }
-    }
-
-    fn suffix(self) -> &'static str {
-        match self {
-            Self::Ipv4 => " v4",
-            Self::Lost => " v4 (lost)",
-            Self::Few => " v4 (few)",
-        }
-    }
-}
-
-type Labs = &'static [(&'static str, Tests)];
-
-/// The oldest and the newest kernel: what the others have lies between.
-const ENDS: Labs = &[
-    ("netfilter", Tests::Ipv4),
-    ("connects", Tests::Ipv4),
-    ("dns", Tests::Ipv4),
-];
-const BETWEEN: Labs = &[
-    ("netfilter", Tests::Few),
-    ("connects", Tests::Lost),
-    ("dns", Tests::Ipv4),
-];
-/// What runs where a kernel of the others is locked down.
-const LOCKED: Labs = &[("connects", Tests::Lost)];
-/// A machine that takes longer hangs; on a host with other work the slowest takes half of it.
-const LIMIT: Duration = Duration::from_secs(3600);
-/// So does one that writes nothing for so long: a test takes five seconds.
-const SILENCE: Duration = Duration::from_secs(180);
-
-/// One machine.
-struct Plan {
-    /// Debian's suite, whose kernel it boots.
-    suite: &'static str,
-    /// Further words of the kernel's command line.
-    parameters: &'static str,
-    clock: Clock,
-    /// What `whydrop check` must say there.
-    check: Check,
-    labs: Labs,
-    /// Further commands, each a name and a line for a shell; to fail is to exit with another code than 0.
-    commands: &'static [(&'static str, &'static str)],
-    /// Whether a test may say that this kernel leaves it out.
-    may_leave_out: bool,
-}
-
-/// What `whydrop check` must say.
-struct Check {
-    observable: bool,
-    /// The sources that are down, and none else.
-    down: &'static [&'static str],
-    /// Words of the reason.
-    says: &'static str,
-}
-
-const ALL_UP: Check = Check {
-    observable: true,
-    down: &[],
-    says: "",
+use crate::{
+    architecture::Architecture,
+    build,
+    image::{self, Selection},
 };
-
-const MATRIX: &[Plan] = &[
-    // Before drop reasons.
-    Plan {
-        suite: "bullseye",
-        parameters: "",
-        clock: Clock::Counted,
-        check: Check {
-            observable: true,
-            down: &["connect_errors", "reasons"],
-            says: "",
-        },
-        labs: ENDS,
-        commands: &[],
-        may_leave_out: true,
-    },
-    Plan {
-        suite: "forky",
-        parameters: "",
-        clock: Clock::Counted,
-        check: ALL_UP,
-        labs: ENDS,
-        commands: &[],
-        may_leave_out: false,
-    },
-    Plan {
-        suite: "bookworm",
-        parameters: "",
-        clock: Clock::Counted,
-        check: ALL_UP,
-        labs: BETWEEN,
-        commands: &[],
-        may_leave_out: false,
-    },
-    Plan {
-        suite: "trixie",
-        parameters: "",
-        clock: Clock::Counted,
-        check: ALL_UP,
-        labs: BETWEEN,
-        commands: &[],
-        may_leave_out: false,
-    },
-    Plan {
-        suite: "trixie",
-        parameters: "lockdown=integrity",
-        clock: Clock::Counted,
-        check: ALL_UP,
-        labs: LOCKED,
-        commands: &[],
-        may_leave_out: false,
-    },
-    Plan {
-        suite: "trixie",
-        parameters: "lockdown=confidentiality",
-        clock: Clock::Counted,
-        check: Check {
-            observable: false,
-            down: &[
-                "dns",
-                "connect_errors",
-                "connects",
-                "told",
-                "neighbour",
-                "conntrack_deaths",
-                "drops",
-            ],
-            says: "CANNOT be observed on this node: lockdown=confidentiality",
-        },
-        labs: &[],
-        commands: &[("agent", AGENT_WITHOUT_PROGRAMS)],
-        may_leave_out: false,
-    },
-];
-
-/// What needs no program goes on, and the agent says that it is not ready and why.
-const AGENT_WITHOUT_PROGRAMS: &str = r#"set -e
-whydrop agent --cluster none --log-format text --listen 127.0.0.1:9464 --socket /tmp/agent.sock &
-agent=$!
-get() { wget -q -O - "http://127.0.0.1:9464/$1"; }
-for i in 1 2 3 4 5 6 7 8 9 10; do
-  sleep 1
-  get metrics > /tmp/metrics && grep -q 'source_up{source="conntrack"} 1' /tmp/metrics && break
-done
-grep -q '^whydrop_source_up{source="conntrack"} 1' /tmp/metrics
-grep -q '^whydrop_source_up{source="accept_queues"} 1' /tmp/metrics
-grep -q '^whydrop_source_up{source="drops"} 0' /tmp/metrics
-get healthz
-if get readyz; then exit 1; fi
-kill $agent
-wait $agent"#;
 
 /// What a machine showed.
 struct Shown {
@@ -223,33 +48,45 @@ pub enum Matrix {
 
 /// Runs every machine, as many at a time as there are CPUs, and prints the table.
 ///
-/// With a kernel's name only those of that kernel.
-pub fn run(kernel: Option<&str>) -> Result<Matrix> {
-    let kernel = kernel.map(super::suite);
-    let plans: VecDeque<&Plan> = MATRIX
+/// With a kernel's name only those of that kernel. Machines of the other architecture are left out if there
+/// is a reason for that.
+pub fn run(kernel: Option<&str>, no_other: Option<&str>) -> Result<Matrix> {
+    let own = Architecture::own()?;
+    let kernel = kernel.map(super::kernel).transpose()?;
+    let mut plans: VecDeque<&Plan> = MATRIX
         .iter()
-        .filter(|plan| kernel.is_none_or(|suite| plan.suite == suite))
+        .filter(|plan| kernel.is_none_or(|kernel| plan.kernel() == kernel))
         .collect();
     ensure!(
         !plans.is_empty(),
         "no machine of the matrix has this kernel"
     );
-    let mut suites: Vec<&str> = Vec::new();
-    for plan in &plans {
-        if !suites.contains(&plan.suite) {
-            suites.push(plan.suite);
+    let all = plans.len();
+    if let Some(reason) = no_other {
+        plans.retain(|plan| plan.architecture == own);
+        if plans.is_empty() {
+            return Ok(Matrix::NoKernel(reason.to_owned()));
         }
     }
-    let got: Vec<_> = suites
-        .into_iter()
-        .map(|suite| (suite, kernels::get(suite)))
-        .collect();
-    if got.iter().all(|(_, kernel)| kernel.is_err())
-        && let Some((_, Err(error))) = got.first()
+    let without = no_other.filter(|_| plans.len() < all);
+    let mut kernels = Vec::new();
+    let mut programs = Vec::new();
+    for plan in &plans {
+        let (suite, architecture) = plan.kernel();
+        if !kernels.iter().any(|(of, _)| *of == plan.kernel()) {
+            kernels.push((plan.kernel(), kernels::get(suite, architecture)));
+        }
+    }
+    if kernels.iter().all(|(_, kernel)| kernel.is_err())
+        && let Some((_, Err(error))) = kernels.first()
     {
         return Ok(Matrix::NoKernel(format!("{error:#}")));
     }
-    let programs = programs()?;
+    for plan in &plans {
+        if !programs.iter().any(|(of, _)| *of == plan.architecture) {
+            programs.push((plan.architecture, self::programs(plan.architecture)?));
+        }
+    }
 
     let queue = Mutex::new(plans);
     let next = || queue.lock().ok()?.pop_front();
@@ -258,11 +95,12 @@ pub fn run(kernel: Option<&str>) -> Result<Matrix> {
         let run = || {
             let mut shown = Vec::new();
             while let Some(plan) = next() {
-                let kernel = got.iter().find(|(suite, _)| *suite == plan.suite);
-                shown.push(match kernel {
-                    Some((_, Ok(kernel))) => plan.run(kernel, &programs),
-                    Some((_, Err(error))) => plan.without_kernel(error),
-                    None => unreachable!("every plan's suite was asked for"),
+                let kernel = kernels.iter().find(|(of, _)| *of == plan.kernel());
+                let programs = programs.iter().find(|(of, _)| *of == plan.architecture);
+                shown.push(match (kernel, programs) {
+                    (Some((_, Ok(kernel))), Some((_, programs))) => plan.run(kernel, programs),
+                    (Some((_, Err(error))), _) => plan.without_kernel(error),
+                    _ => unreachable!("every plan's kernel and programs were asked for"),
                 });
             }
             shown
@@ -278,23 +116,35 @@ pub fn run(kernel: Option<&str>) -> Result<Matrix> {
     });
     shown.sort_by_key(|shown| shown.order);
     print!("\n{}", table(&shown));
-    Ok(outcome(&shown))
+    Ok(outcome(&shown, without))
 }
 
-/// What goes into every machine: the shipped binary, and the labs.
-pub fn programs() -> Result<Vec<(PathBuf, String)>> {
-    let mut programs = vec![(build::shipped()?, format!("{PROGRAMS}/whydrop"))];
-    let stripped = super::folder().join("labs");
+/// What goes into every machine: the binary, and the labs. For this architecture the shipped one; for the
+/// other the image's, which is made twice for that.
+pub fn programs(architecture: Architecture) -> Result<Vec<(PathBuf, String)>> {
+    let binary = if architecture == Architecture::own()? {
+        build::shipped(architecture)?
+    } else {
+        image::made_twice(&Selection::one(architecture))?;
+        build::without_debug_info(architecture)?
+    };
+    let mut programs = vec![(binary, format!("{PROGRAMS}/whydrop"))];
+    let stripped = super::folder().join("labs").join(architecture.name());
     fs::create_dir_all(&stripped)?;
-    for (name, path) in LABS.iter().zip(build::shipped_labs(&LABS)?) {
+    for (name, path) in LABS.iter().zip(build::shipped_labs(architecture, &LABS)?) {
         let to = stripped.join(name);
-        initramfs::strip(&path, &to)?;
+        initramfs::strip(architecture, &path, &to)?;
         programs.push((to, format!("{PROGRAMS}/lab-{name}")));
     }
     Ok(programs)
 }
 
 impl Plan {
+    /// What it boots.
+    fn kernel(&self) -> (&'static str, Architecture) {
+        (self.suite, self.architecture)
+    }
+
     /// Its name in the table; the kernel's release where it is known.
     fn name(&self, kernel: &str) -> String {
         format!("{kernel} {}", self.parameters)
@@ -304,7 +154,8 @@ impl Plan {
 
     /// The name of its files.
     fn file_name(&self) -> String {
-        self.name(self.suite).replace([' ', '='], "-")
+        let name = self.name(self.suite).replace([' ', '='], "-");
+        format!("{name}-{}", self.architecture)
     }
 
     fn shown(&self, kernel: &str) -> Shown {
@@ -325,7 +176,7 @@ impl Plan {
     }
 
     fn without_kernel(&self, error: &anyhow::Error) -> Shown {
-        let mut shown = self.shown(self.suite);
+        let mut shown = self.shown(&format!("{} {}", self.suite, self.architecture));
         shown.wrong.push(format!("{error:#}"));
         shown
     }
@@ -371,12 +222,7 @@ impl Plan {
     ) -> Result<()> {
         let place = Place::new()?;
         let steps = self.steps();
-        initramfs::write(
-            &place.initramfs,
-            &kernel.modules(),
-            programs,
-            &steps::script(&steps),
-        )?;
+        initramfs::write(&place.initramfs, kernel, programs, &steps::script(&steps))?;
         let machine = place.machine(kernel, self.parameters, self.clock);
         let log = super::folder().join(format!("{}.log", self.file_name()));
         let mut output = String::new();
@@ -457,37 +303,6 @@ impl Plan {
     }
 }
 
-impl Check {
-    /// Compares what it printed, text and JSON, and how it ended, with what must be.
-    fn judge(&self, ran: &Ran) -> Result<()> {
-        let json = ran.lines.iter().position(|line| line == "{");
-        let json = json.context("no JSON in it")?;
-        let report: Value =
-            serde_json::from_str(&ran.lines[json..].join("\n")).context("bad JSON")?;
-        ensure!(
-            report["observable"] == self.observable
-                && ran.code == Some(if self.observable { 0 } else { 1 }),
-            "it says observable {}, with exit code {:?}",
-            report["observable"],
-            ran.code
-        );
-        let sources = report["sources"].as_array().context("no sources")?;
-        let down: Vec<&str> = sources
-            .iter()
-            .filter(|source| source["up"] == false)
-            .filter_map(|source| source["source"].as_str())
-            .collect();
-        ensure!(
-            down == self.down,
-            "down are {down:?}, and must be {:?}",
-            self.down
-        );
-        let text = ran.lines[..json].join("\n");
-        ensure!(text.contains(self.says), "it does not say {:?}", self.says);
-        Ok(())
-    }
-}
-
 fn progress(ran: &Ran) -> String {
     let tests = steps::tests(&ran.lines);
     let mut text = format!("{} in {} s", ran.name, ran.took.as_secs());
@@ -529,7 +344,7 @@ fn table(shown: &[Shown]) -> String {
     text
 }
 
-fn outcome(shown: &[Shown]) -> Matrix {
+fn outcome(shown: &[Shown], without: Option<&str>) -> Matrix {
     let bad: Vec<_> = shown
         .iter()
         .filter(|shown| !shown.wrong.is_empty())
@@ -537,10 +352,14 @@ fn outcome(shown: &[Shown]) -> Matrix {
     if bad.is_empty() {
         let passed: usize = shown.iter().map(|shown| shown.passed).sum();
         let left_out: usize = shown.iter().map(|shown| shown.left_out.len()).sum();
-        return Matrix::Good(format!(
+        let mut text = format!(
             "{} machines, {passed} tests, {left_out} left out by what their kernel lacks",
             shown.len()
-        ));
+        );
+        if let Some(reason) = without {
+            text += &format!("; without the other architecture: {reason}");
+        }
+        return Matrix::Good(text);
     }
     let names: Vec<_> = bad.iter().map(|shown| shown.name.as_str()).collect();
     Matrix::Bad(names.join(", "))

@@ -13,8 +13,8 @@ use whydrop_kube_tests::cluster::{Cluster, until};
 use whydrop_kube_tests::server::User;
 use whydrop_tests::scrape;
 
-use whydrop_kube_tests::made;
 use crate::workloads::Pods;
+use whydrop_kube_tests::made;
 
 /// Whom the API server takes Prometheus for.
 const USER: &str = "prometheus";
