@@ -4,11 +4,17 @@ use std::sync::Arc;
 
 use super::load::SourceStatus;
 
+/// How far modules are from the kernel at most: their calls into it are by 32-bit distances on x86-64, and
+/// `arch/arm64/kernel/module.c` (6.12) keeps to the same.
+const REACH: u64 = 1 << 31;
+
 /// The kernel's functions, sorted by address.
 ///
 /// Some 60,000 functions: names are kept in one string (1.5 MB), with their offsets beside.
 #[derive(Debug, Default)]
 pub struct Symbols {
+    /// Where the kernel's own code begins.
+    base: u64,
     starts: Vec<(u64, u32)>,
     names: String,
 }
@@ -30,6 +36,7 @@ impl Symbols {
     pub fn parse(text: &str) -> Self {
         let mut starts = Vec::new();
         let mut names = String::new();
+        let mut base = None;
         for line in text.lines() {
             let mut words = line.split_ascii_whitespace();
             let (Some(address), Some(kind), Some(name)) =
@@ -43,6 +50,9 @@ impl Symbols {
             if address == 0 || !matches!(kind, "t" | "T" | "w" | "W") {
                 continue;
             }
+            if name == "_stext" {
+                base.get_or_insert(address);
+            }
             let Ok(at) = u32::try_from(names.len()) else {
                 break;
             };
@@ -52,9 +62,16 @@ impl Symbols {
             names.push('\n');
         }
         starts.sort_by_key(|(address, _)| *address);
+        let base = base.or_else(|| Some(starts.first()?.0)).unwrap_or(0);
+        // arm64 lists eBPF programs and the slots of kprobes too, terabytes away from all else.
+        starts.retain(|(start, _)| start.abs_diff(base) <= REACH);
         starts.shrink_to_fit();
         names.shrink_to_fit();
-        Self { starts, names }
+        Self {
+            base,
+            starts,
+            names,
+        }
     }
 
     /// The function that holds the call which returns to `address`.
@@ -69,9 +86,8 @@ impl Symbols {
     /// The function that holds the call which returns to an address of which the low half is known:
     /// the kernel and its modules lie within 2 GiB of one another.
     pub fn name_by_low_half(&self, low: u32) -> Option<Arc<str>> {
-        let base = self.starts.first()?.0;
-        let distance = low.wrapping_sub(base as u32).cast_signed();
-        self.name(base.wrapping_add_signed(distance.into()))
+        let distance = low.wrapping_sub(self.base as u32).cast_signed();
+        self.name(self.base.wrapping_add_signed(distance.into()))
     }
 
     /// Whether any address is known.
@@ -166,6 +182,21 @@ mod tests {
         assert_eq!(low(0x8100_0150).as_deref(), Some("nft_do_chain"));
         assert_eq!(low(0xc000_0010).as_deref(), Some("in_module"));
         assert_eq!(low(0x7000_0000), None);
+    }
+
+    /// As on arm64: modules below the kernel, and far below them what is no place of a drop.
+    #[test]
+    fn what_lies_far_away_names_nothing() {
+        let symbols = Symbols::parse(
+            "ffff8000814a0000 t kprobe_insn_page\t[__builtin__kprobes]\n\
+             ffffa1c5f0000000 t nft_do_chain\t[nf_tables]\nffffa1c620010000 T _text\n\
+             ffffa1c620020000 T _stext\nffffa1c620030000 T ip_error\n\
+             ffffc00000000000 t bpf_prog_1_drop\t[bpf]\n",
+        );
+        let low = |address| symbols.name_by_low_half(address).map(|n| n.to_string());
+        assert_eq!(low(0xf000_0010).as_deref(), Some("nft_do_chain"));
+        assert_eq!(low(0x2003_0010).as_deref(), Some("ip_error"));
+        assert_eq!(low(0xe000_0000), None);
     }
 
     #[test]
