@@ -442,7 +442,11 @@ fn rules() -> Rules {
 #[test]
 fn rules_use_labels_and_records_that_exist() {
     let rules = rules();
-    let metrics = include_str!("../src/output/metrics.rs");
+    let metrics = concat!(
+        include_str!("../src/output/metrics.rs"),
+        include_str!("../src/output/metrics/own.rs"),
+        include_str!("../src/output/metrics/policies.rs"),
+    );
     // What Prometheus itself, and the shipped configuration, set.
     let of_target = ["instance", "job", "node"];
     for (name, expression) in &rules.expressions {
