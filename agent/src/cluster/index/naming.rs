@@ -81,7 +81,7 @@ impl Index {
     /// the kubelet's own. Ended and host-network pods are among them. The UID alone tells the pod
     /// at any time, as none is given twice.
     ///
-    /// Pods are found by [a hash](super::uid::UidHash) of it.
+    /// Pods are found by [a hash](crate::cluster::uid::UidHash) of it.
     pub fn pod_by_uid(&self, uid: &PodUid) -> Option<&Arc<Pod>> {
         self.pods_by_uid.get(uid.hash())
     }

@@ -20,7 +20,7 @@ enum Used {
 
 use Used::{All, Fields};
 
-/// Some objects carry a manifest of themselves in one.
+/// Of pods and nodes; the manifest that `kubectl apply` leaves in one is used of policies.
 const ANNOTATIONS: Used = Fields(&[("kubernetes.io/config.hash", All)]);
 const OWNERS: Used = Fields(&[("kind", All), ("name", All), ("controller", All)]);
 const METADATA: Used = Fields(&[
@@ -41,7 +41,7 @@ const METADATA_AND_WHEN: Used = Fields(&[
     ("resourceVersion", All),
     ("creationTimestamp", All),
     ("labels", All),
-    ("annotations", ANNOTATIONS),
+    ("annotations", All),
     ("ownerReferences", OWNERS),
     (
         "managedFields",
