@@ -44,7 +44,7 @@ fn at(second: i64) -> Timestamp {
 /// What most updates are: heartbeats, of which nothing is kept.
 #[test]
 fn an_update_without_a_change_costs_nothing_and_any_change_is_taken() {
-    type Edit = Box<dyn Fn(&mut Pod)>;
+    type Edit<'a> = Box<dyn Fn(&mut Pod) + 'a>;
     let before = pod("web", &["10.0.0.1"], Some(at(0)));
     // A field that is added here needs a change below.
     let Pod {
@@ -78,7 +78,7 @@ fn an_update_without_a_change_costs_nothing_and_any_change_is_taken() {
         is_ready: true,
         restarts: 0,
     };
-    let changes: [Edit; 13] = [
+    let changes: [Edit<'_>; 13] = [
         Box::new(|pod| pod.node = Some("node-b".into())),
         Box::new(|pod| pod.workload = workload()),
         Box::new(|pod| pod.ports = [port].into()),
