@@ -4,8 +4,11 @@ use jiff::SignedDuration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::cluster::document;
 use crate::cluster::fixture::{NOW, end, index, named, text};
-use crate::cluster::{document, objects::Interner, uid::UidHash};
+use crate::cluster::objects::Interner;
+use crate::cluster::uid::{PodUid, UidHash};
+use crate::event::{Endpoint, EndpointKind, Protocol, Workload};
 
 fn pod(name: &str, ips: &[&str], started: Option<Timestamp>) -> Pod {
     Pod {
@@ -36,6 +39,79 @@ fn upsert(pod: Pod) -> Change {
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(1_000_000 + second).unwrap()
+}
+
+/// What most updates are: heartbeats, of which nothing is kept.
+#[test]
+fn an_update_without_a_change_costs_nothing_and_any_change_is_taken() {
+    type Edit<'a> = Box<dyn Fn(&mut Pod) + 'a>;
+    let before = pod("web", &["10.0.0.1"], Some(at(0)));
+    // A field that is added here needs a change below.
+    let Pod {
+        key: _,
+        node: _,
+        workload: _,
+        ports: _,
+        uid: _,
+        static_uid: _,
+        ips: _,
+        host_network: _,
+        ended: _,
+        started: _,
+        labels: _,
+        port_names: _,
+        controller: _,
+        enforcer: _,
+    } = &before;
+    let port = Port {
+        protocol: Protocol::TCP,
+        port: 8080,
+    };
+    let workload = || {
+        Some(Workload {
+            kind: "Deployment".into(),
+            name: "web".into(),
+        })
+    };
+    let enforcer = Enforcer {
+        cni: "Calico",
+        is_ready: true,
+        restarts: 0,
+    };
+    let changes: [Edit<'_>; 13] = [
+        Box::new(|pod| pod.node = Some("node-b".into())),
+        Box::new(|pod| pod.workload = workload()),
+        Box::new(|pod| pod.ports = [port].into()),
+        Box::new(|pod| pod.uid = Some(UidHash::of("u-2"))),
+        Box::new(|pod| pod.static_uid = Some(UidHash::of("u-3"))),
+        Box::new(|pod| pod.ips = ["10.0.0.2".parse().unwrap()].into()),
+        Box::new(|pod| pod.host_network = true),
+        Box::new(|pod| pod.ended = true),
+        Box::new(|pod| pod.started = Some(at(1))),
+        Box::new(|pod| pod.labels = [("app".into(), "web".into())].into()),
+        Box::new(|pod| pod.port_names = [("http".into(), port)].into()),
+        Box::new(|pod| pod.controller = workload()),
+        Box::new(|pod| pod.enforcer = Some(Box::new(enforcer.clone()))),
+    ];
+    for (n, change) in changes.iter().enumerate() {
+        let mut index = Index::default();
+        let kept = |index: &Index| {
+            let pod = index.pod_named(&"shop".into(), &"web".into());
+            pod.unwrap().clone()
+        };
+        index.apply(upsert(before.clone()), at(1));
+        let (first, revision) = (kept(&index), index.revision());
+        index.apply(upsert(before.clone()), at(2));
+        assert!(Arc::ptr_eq(&kept(&index), &first));
+        assert_eq!(index.revision(), revision);
+        let mut after = before.clone();
+        change(&mut after);
+        index.apply(upsert(after.clone()), at(3));
+        assert_eq!(*kept(&index), after, "change {n}");
+        assert_eq!(index.revision(), revision + 1, "change {n}");
+        let holds = after.ips == before.ips && !after.host_network && !after.ended;
+        assert_eq!(pod_at(&index, "10.0.0.1", at(4)).is_some(), holds, "{n}");
+    }
 }
 
 /// The object of a manifest.

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use self::network::{RawEndpointSlice, RawEndpoints, RawNode, RawService};
 use self::pod::RawPod;
+use self::pruned::Pruned;
 use super::objects::{Endpoints, Interner, Key, Labels, Namespace, Object, ObjectKind};
 use super::uid::{self, UidHash};
 use crate::event::Workload;
@@ -22,6 +23,7 @@ use crate::event::Workload;
 mod network;
 mod pod;
 mod policy;
+pub mod pruned;
 mod tier;
 pub mod used;
 
@@ -110,6 +112,31 @@ pub fn parse(value: &Value, list: Option<(&str, &str)>) -> Result<Option<Parsed>
         return Err(malformed("metadata.name: is empty".into()));
     }
     Ok(Some(parsed))
+}
+
+/// The same of what [`used::read`] read of an object that was asked for as one of a kind.
+///
+/// # Errors
+/// Those of [`parse`].
+pub fn parse_pruned(kind: ObjectKind, object: Pruned) -> Result<Option<Parsed>, Malformed> {
+    let says = |name: &str, expected: &str| {
+        let said = object.get(name).and_then(Pruned::as_str);
+        said.is_none_or(|said| said == expected)
+    };
+    let (api_version, name) = (kind.api_version(), kind.as_str());
+    // Most objects of a cluster are pods, and nearly all changes. What is wrong with one is found out
+    // the long way.
+    if kind == ObjectKind::Pod
+        && says("apiVersion", &api_version)
+        && says("kind", name)
+        && let Ok(raw) = RawPod::deserialize(&object)
+        && !raw.metadata.name.is_empty()
+    {
+        let fields = Fields::Pod(Box::new(raw));
+        return Ok(Some(Parsed { kind, fields }));
+    }
+    let list = format!("{name}List");
+    parse(&object.into_value(), Some((&api_version, &list)))
 }
 
 fn read<T: DeserializeOwned>(value: &Value) -> Result<T, String> {

@@ -3,7 +3,17 @@
 //!
 //! One task on a thread of its own takes one step after another from all watches and puts it into the
 //! index, so no queue lies between: while the index is being written, the connections wait. Objects
-//! are stripped while they are read (`object.rs`). Changes are taken in bunches, 50 ms apart.
+//! are stripped while they are read (`object.rs`). Changes are taken in bunches, and between two of them the
+//! whole thread sleeps.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `server` | how a server is reached, and what it offers |
+//! | `object` | the watches of all kinds, and their objects stripped while they are read |
+//! | `intake` | from the steps of a watch to the index |
+//! | [`lookups`] | pods that are asked for by their address |
+//! | `pace` | requests of a kind a second apart |
+//! | `health` | what went wrong, in one sentence |
 //!
 //! | when | then |
 //! |---|---|
@@ -27,26 +37,26 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use kube::client::ClientBuilder;
+use kube::Config;
 use kube::runtime::watcher;
-use kube::{Client, Config};
-use serde_json::Value;
 use tokio::sync::mpsc;
 
 pub use self::health::causes;
 use self::health::{Failure, Health};
 use self::lookups::Lookups;
-use self::object::{Item, Step, Watches};
-use self::pace::{Pace, PaceLayer};
+use self::object::Watches;
+pub(super) use self::server::offered;
+use self::server::{Server, discover};
 use super::objects::{Change, Interner, Key, ObjectKind};
 use crate::source::hooks::SourceStatus;
-use crate::source::sys;
 use crate::state::State;
 
 pub(super) mod health;
+mod intake;
 pub mod lookups;
 mod object;
 mod pace;
+mod server;
 
 /// The kinds that are watched. ReplicaSets and Jobs are not: a pod itself tells what they would, and in
 /// a large cluster they are as many as the pods.
@@ -76,12 +86,6 @@ pub const SOURCE: &str = "cluster";
 
 /// Objects in a page of a list. Some 5 MB of a large cluster's pods, which are read one by one.
 const PAGE: u32 = 500;
-/// The first minor version of 1.x that offers streaming lists; one that has them switched off refuses.
-const STREAMING_LISTS: u32 = 32;
-/// A server that takes longer to say its version does not answer.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(30);
-/// The client's own deadline comes after the server's end of a watch and before kube's.
-const SILENCE_MARGIN: Duration = Duration::from_secs(3);
 /// How long nothing answers before the configuration is read again.
 const UNREACHABLE: Duration = Duration::from_secs(60);
 /// Pauses between two attempts to connect.
@@ -96,9 +100,6 @@ const SETTLED: Duration = Duration::from_millis(2);
 /// Between two rounds of forgetting strings that nobody uses.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
 
-/// Pods of a cluster whose agents watch those of their node alone, if they may choose. Some 1.4 kB each:
-/// 20,000 are 28 MB.
-pub const MANY_PODS: u64 = 20_000;
 /// Addresses that wait to be asked for; past it they have no name.
 const QUESTIONS: usize = 64;
 
@@ -156,7 +157,6 @@ pub async fn run<F>(
     let mut cluster = Cluster {
         state,
         times,
-        reach,
         questions,
         lookups: Lookups::default(),
         strings: Interner::default(),
@@ -169,7 +169,7 @@ pub async fn run<F>(
         loop {
             let began = Instant::now();
             let why = match configuration().await {
-                Ok(config) => match cluster.connect(config).await {
+                Ok(config) => match Server::connect(config, times, reach).await {
                     Ok(server) => cluster.follow(server).await,
                     Err(why) => why,
                 },
@@ -204,59 +204,9 @@ pub async fn infer() -> Result<Config, String> {
     })
 }
 
-impl Server {
-    /// Optional kinds only where they are. Of all endpoints an agent that watches its node would keep more than of all pods of it.
-    fn watches(&self, kind: ObjectKind) -> bool {
-        match kind {
-            ObjectKind::EndpointSlice => !self.is_of_node,
-            kind if OPTIONAL.contains(&kind) => self.offered.contains(&kind),
-            _ => true,
-        }
-    }
-}
-
 /// The source that stands for a kind's watch.
 pub fn source_of(kind: ObjectKind) -> &'static str {
     health::source(kind).0
-}
-
-/// The optional kinds that the server has; `None` if it does not say.
-pub(super) async fn offered(client: &Client) -> Option<Vec<ObjectKind>> {
-    let mut offered = Vec::new();
-    for kind in OPTIONAL {
-        let path = format!("/apis/{}", kind.api_version());
-        let request = hyper::Request::get(path).body(Vec::new()).ok()?;
-        let answer = tokio::time::timeout(VERSION_TIMEOUT, client.request::<Value>(request));
-        let resources = match answer.await.ok()? {
-            Ok(answer) => answer["resources"].as_array().cloned().unwrap_or_default(),
-            // The group, or this version of it.
-            Err(kube::Error::Api(status)) if status.code == 404 => Vec::new(),
-            Err(_) => return None,
-        };
-        if resources.iter().any(|known| known["name"] == kind.plural()) {
-            offered.push(kind);
-        }
-    }
-    Some(offered)
-}
-
-/// The same after a while, a different one on each node.
-async fn discover(client: Client, after: Duration) -> Option<Vec<ObjectKind>> {
-    tokio::time::sleep(after / 2 + random(after)).await;
-    offered(&client).await
-}
-
-/// How many pods there are; `None` if the server does not tell.
-async fn count_pods(client: &Client) -> Option<u64> {
-    let request = hyper::Request::get("/api/v1/pods?limit=1").body(Vec::new());
-    let answer = client.request::<Value>(request.ok()?);
-    let answer = tokio::time::timeout(VERSION_TIMEOUT, answer)
-        .await
-        .ok()?
-        .ok()?;
-    let first = answer["items"].as_array()?.len() as u64;
-    let more = &answer["metadata"]["remainingItemCount"];
-    Some(first + more.as_u64().unwrap_or(0))
 }
 
 /// A moment between none and a duration.
@@ -264,19 +214,6 @@ fn random(below: Duration) -> Duration {
     // Each RandomState has keys of its own, which is all the randomness that this needs.
     let bits = RandomState::new().build_hasher().finish();
     below.mul_f64((bits >> 11) as f64 / (1u64 << 53) as f64)
-}
-
-struct Server {
-    client: Client,
-    pace: Arc<Pace>,
-    /// What is shown of it: its address, and which pods are watched.
-    shown: String,
-    url: String,
-    streams: bool,
-    /// Only the pods of this node are watched.
-    is_of_node: bool,
-    /// The optional kinds that it has.
-    offered: Vec<ObjectKind>,
 }
 
 /// What is known of one kind's watch.
@@ -294,7 +231,6 @@ struct Kind {
 struct Cluster {
     state: Arc<State>,
     times: Times,
-    reach: Reach,
     /// Addresses whose pod is asked for.
     questions: mpsc::Receiver<IpAddr>,
     lookups: Lookups,
@@ -303,68 +239,6 @@ struct Cluster {
 }
 
 impl Cluster {
-    async fn connect(&mut self, mut config: Config) -> Result<Server, String> {
-        let url = config.cluster_url.to_string();
-        config.read_timeout = Some(self.times.watch + SILENCE_MARGIN);
-        // Each failure is to be counted and shown; kube's watchers try again.
-        config.default_retry = false;
-        let pace = Arc::new(Pace::default());
-        let client = ClientBuilder::try_from(config)
-            .map_err(|error| format!("no client for {url}: {}", causes(&error)))?
-            .with_layer(&PaceLayer(pace.clone()))
-            .build();
-        let version = tokio::time::timeout(VERSION_TIMEOUT, client.apiserver_version()).await;
-        let version = version
-            .map_err(|_| {
-                format!(
-                    "{url} does not answer within {} s",
-                    VERSION_TIMEOUT.as_secs()
-                )
-            })?
-            .map_err(|error| format!("{url} does not answer: {}", causes(&error)))?;
-        // Some write `31+`.
-        let minor = version
-            .minor
-            .trim_end_matches(|c: char| !c.is_ascii_digit());
-        let streams =
-            version.major != "1" || minor.parse().is_ok_and(|m: u32| m >= STREAMING_LISTS);
-        let offered = offered(&client).await.unwrap_or_default();
-        let pods = match self.reach {
-            Reach::Auto => count_pods(&client).await,
-            Reach::Cluster | Reach::Node => None,
-        };
-        let is_of_node = match self.reach {
-            Reach::Node => true,
-            Reach::Cluster => false,
-            // Who may not ask for it learns that from the watch.
-            Reach::Auto => pods.is_some_and(|pods| pods > MANY_PODS),
-        };
-        let shown = match (is_of_node, pods) {
-            (false, _) => url.clone(),
-            (true, Some(pods)) => {
-                format!("{url}, pods of this node alone, because there are {pods}")
-            }
-            (true, None) => format!("{url}, pods of this node alone"),
-        };
-        tracing::info!(
-            url,
-            version = version.git_version,
-            streams,
-            is_of_node,
-            pods,
-            "following the cluster"
-        );
-        Ok(Server {
-            client,
-            pace,
-            shown,
-            url,
-            streams,
-            is_of_node,
-            offered,
-        })
-    }
-
     /// Until the configuration should be read again, and why.
     async fn follow(&mut self, mut server: Server) -> String {
         self.say(true, Some(server.shown.clone()), None);
@@ -378,9 +252,8 @@ impl Cluster {
         let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
         let mut second = tokio::time::interval(Duration::from_secs(1));
         let mut discovery = std::pin::pin!(discover(server.client.clone(), self.times.discovery));
-        let mut rest = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
         let mut settled = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
-        let (mut is_resting, mut took) = (false, false);
+        let mut took = false;
         loop {
             tokio::select! {
                 // A list of minutes must not hold up the others.
@@ -407,11 +280,7 @@ impl Cluster {
                     self.offered(&mut server, offered, &mut watches);
                 }
                 _ = housekeeping.tick() => self.strings.purge(),
-                () = &mut rest, if is_resting => {
-                    is_resting = false;
-                    continue;
-                }
-                (kind, step) = watches.next(), if !is_resting => {
+                (kind, step) = watches.next() => {
                     let failure = match step {
                         Ok(step) => {
                             took = true;
@@ -434,11 +303,15 @@ impl Cluster {
                         return format!("{} does not accept the credentials", server.url);
                     }
                 }
-                // Lists are not held up.
                 () = &mut settled, if took => {
                     took = false;
-                    is_resting = self.kinds.values().all(|kind| kind.listing.is_none());
-                    rest.as_mut().reset(tokio::time::Instant::now() + BUNCH);
+                    // Lists are not held up, nor who waits for the answer to a question.
+                    let is_listing = self.kinds.values().any(|kind| kind.listing.is_some());
+                    if !is_listing && self.lookups.is_idle() {
+                        // All of the thread, which does nothing else: a task that waited would be woken
+                        // by each packet that comes meanwhile.
+                        std::thread::sleep(BUNCH);
+                    }
                     continue;
                 }
             }
@@ -510,124 +383,6 @@ impl Cluster {
                 }
                 _ => {}
             }
-        }
-    }
-
-    fn step(&mut self, kind: ObjectKind, step: Step) {
-        match step {
-            Step::Restart => {
-                self.kind(kind).listing = Some((Instant::now(), HashSet::new()));
-            }
-            Step::Listed(item) => {
-                let key = self.take(kind, item);
-                if let Some((_, listed)) = &mut self.kind(kind).listing {
-                    listed.extend(key);
-                }
-            }
-            Step::Complete => self.complete(kind),
-            Step::Changed(item) => _ = self.take(kind, item),
-            Step::Gone(namespace, name) => {
-                let key = self.key(kind, &namespace, &name);
-                self.state
-                    .index_mut()
-                    .apply(Change::Delete(key), Timestamp::now());
-            }
-        }
-    }
-
-    fn key(&mut self, kind: ObjectKind, namespace: &str, name: &str) -> Key {
-        Key {
-            kind,
-            namespace: self.strings.get(namespace),
-            name: name.into(),
-        }
-    }
-
-    /// Puts an object into the index. Of one that is malformed the last good state stays.
-    fn take(&mut self, kind: ObjectKind, item: Item) -> Option<Key> {
-        let object = match item {
-            Ok(parsed) => parsed?.strip(&mut self.strings),
-            Err(malformed) => {
-                let (namespace, name) = (&malformed.namespace, &malformed.name);
-                self.state.errors.objects.fetch_add(1, Ordering::Relaxed);
-                tracing::warn!(
-                    kind = kind.as_str(),
-                    namespace,
-                    name,
-                    "an object of the cluster is not used: {}",
-                    malformed.message,
-                );
-                return Some(self.key(kind, namespace, name));
-            }
-        };
-        let key = object.key().clone();
-        self.lookups.forget(&key);
-        let now = Timestamp::now();
-        let mut index = self.state.index_mut();
-        match self.kinds.get(&kind).is_some_and(|kind| kind.listed) {
-            true => index.apply(Change::Upsert(object), now),
-            false => index.load([object], now),
-        }
-        Some(key)
-    }
-
-    /// Takes in who has an address that was asked for.
-    fn found(&mut self, ip: IpAddr, answer: Result<Value, kube::Error>) {
-        let totals = &self.state.lookups;
-        let answer = match answer {
-            Ok(answer) => answer,
-            Err(error) => {
-                totals.error.fetch_add(1, Ordering::Relaxed);
-                let why = causes(&error);
-                tracing::debug!(%ip, why, "the API server does not say who has an address");
-                return;
-            }
-        };
-        let pods = lookups::pods(&answer, &self.state.node, &mut self.strings);
-        if pods.is_empty() {
-            totals.none.fetch_add(1, Ordering::Relaxed);
-            return self.state.awaited.is_nobodys(ip);
-        }
-        totals.found.fetch_add(1, Ordering::Relaxed);
-        for pod in pods {
-            self.lookups.keep(pod.key().clone());
-            self.state.index_mut().load([pod], Timestamp::now());
-        }
-    }
-
-    /// All objects of a kind were listed: what the index has beyond them went away unseen.
-    fn complete(&mut self, kind: ObjectKind) {
-        let Some((began, listed)) = self.kind(kind).listing.take() else {
-            return;
-        };
-        let gone: Vec<Key> = {
-            let index = self.state.index();
-            let keys = index.keys(kind);
-            keys.filter(|key| !listed.contains(key)).cloned().collect()
-        };
-        tracing::info!(
-            kind = kind.plural(),
-            objects = listed.len(),
-            gone = gone.len(),
-            milliseconds = began.elapsed().as_millis(),
-            "listed",
-        );
-        let now = Timestamp::now();
-        for key in gone {
-            self.state.index_mut().apply(Change::Delete(key), now);
-        }
-        let known = self.kind(kind);
-        known.listed = true;
-        known.health.answered();
-        let is_listed = |kind| self.kinds.get(kind).is_some_and(|known| known.listed);
-        if NAMING.iter().all(is_listed) {
-            self.state.index_mut().set_partial(false);
-        }
-        self.say_of(kind, None);
-        drop(listed);
-        self.strings.purge();
-        if self.kinds.values().all(|kind| kind.listing.is_none()) {
-            sys::release_free_memory();
         }
     }
 

@@ -4,8 +4,9 @@
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
+use super::pruned::Pruned;
 use crate::cluster::objects::ObjectKind;
 
 /// What is used of a value.
@@ -19,6 +20,9 @@ enum Used {
 
 use Used::{All, Fields};
 
+/// Of pods and nodes; the manifest that `kubectl apply` leaves in one is used of policies.
+const ANNOTATIONS: Used = Fields(&[("kubernetes.io/config.hash", All)]);
+const OWNERS: Used = Fields(&[("kind", All), ("name", All), ("controller", All)]);
 const METADATA: Used = Fields(&[
     ("name", All),
     ("namespace", All),
@@ -26,8 +30,8 @@ const METADATA: Used = Fields(&[
     ("resourceVersion", All),
     ("creationTimestamp", All),
     ("labels", All),
-    ("annotations", All),
-    ("ownerReferences", All),
+    ("annotations", ANNOTATIONS),
+    ("ownerReferences", OWNERS),
 ]);
 /// Who wrote which field is the larger part of many objects; when is used of policies.
 const METADATA_AND_WHEN: Used = Fields(&[
@@ -38,13 +42,16 @@ const METADATA_AND_WHEN: Used = Fields(&[
     ("creationTimestamp", All),
     ("labels", All),
     ("annotations", All),
-    ("ownerReferences", All),
+    ("ownerReferences", OWNERS),
     (
         "managedFields",
         Fields(&[("time", All), ("subresource", All)]),
     ),
 ]);
-const CONTAINERS: Used = Fields(&[("ports", All)]);
+const CONTAINERS: Used = Fields(&[(
+    "ports",
+    Fields(&[("name", All), ("containerPort", All), ("protocol", All)]),
+)]);
 const POD: Used = Fields(&[
     ("apiVersion", All),
     ("kind", All),
@@ -98,7 +105,7 @@ const OTHER: Used = Fields(&[
 ///
 /// # Errors
 /// Those of the deserializer.
-pub fn read<'de, D: Deserializer<'de>>(kind: ObjectKind, d: D) -> Result<Value, D::Error> {
+pub fn read<'de, D: Deserializer<'de>>(kind: ObjectKind, d: D) -> Result<Pruned, D::Error> {
     let used = match kind {
         ObjectKind::Pod => POD,
         ObjectKind::Node => NODE,
@@ -108,71 +115,92 @@ pub fn read<'de, D: Deserializer<'de>>(kind: ObjectKind, d: D) -> Result<Value, 
 }
 
 impl<'de> DeserializeSeed<'de> for Used {
-    type Value = Value;
+    type Value = Pruned;
 
-    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Value, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Pruned, D::Error> {
         match self {
-            All => serde::Deserialize::deserialize(d),
+            All => serde::Deserialize::deserialize(d).map(Pruned::Whole),
             Fields(_) => d.deserialize_any(self),
         }
     }
 }
 
 impl<'de> Visitor<'de> for Used {
-    type Value = Value;
+    type Value = Pruned;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a JSON value")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut from: A) -> Result<Value, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut from: A) -> Result<Pruned, A::Error> {
         let fields = match self {
             Fields(fields) => fields,
             All => &[],
         };
-        let mut map = Map::new();
-        while let Some(name) = from.next_key::<std::borrow::Cow<'de, str>>()? {
-            match fields.iter().find(|(known, _)| *known == name) {
-                Some((known, used)) => {
-                    let value = from.next_value_seed(*used)?;
-                    map.insert((*known).to_owned(), value);
-                }
+        let mut map = Vec::with_capacity(fields.len());
+        while let Some(field) = from.next_key_seed(Field(fields))? {
+            match field {
+                Some((known, used)) => map.push((*known, from.next_value_seed(*used)?)),
                 None => _ = from.next_value::<IgnoredAny>()?,
             }
         }
-        Ok(Value::Object(map))
+        Ok(Pruned::Map(map))
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut from: A) -> Result<Value, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut from: A) -> Result<Pruned, A::Error> {
         let mut list = Vec::new();
         while let Some(item) = from.next_element_seed(self)? {
             list.push(item);
         }
-        Ok(Value::Array(list))
+        Ok(Pruned::List(list))
     }
 
-    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-        Ok(value.into())
+    fn visit_bool<E>(self, value: bool) -> Result<Pruned, E> {
+        Ok(Pruned::Whole(value.into()))
     }
 
-    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-        Ok(value.into())
+    fn visit_i64<E>(self, value: i64) -> Result<Pruned, E> {
+        Ok(Pruned::Whole(value.into()))
     }
 
-    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-        Ok(value.into())
+    fn visit_u64<E>(self, value: u64) -> Result<Pruned, E> {
+        Ok(Pruned::Whole(value.into()))
     }
 
-    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(value.into())
+    fn visit_f64<E>(self, value: f64) -> Result<Pruned, E> {
+        Ok(Pruned::Whole(value.into()))
     }
 
-    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-        Ok(value.into())
+    fn visit_str<E>(self, value: &str) -> Result<Pruned, E> {
+        Ok(Pruned::Whole(value.into()))
     }
 
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
+    fn visit_unit<E>(self) -> Result<Pruned, E> {
+        Ok(Pruned::Whole(Value::Null))
+    }
+}
+
+/// Which of these fields a name is; made without a copy of the name, as most are of none.
+#[derive(Clone, Copy)]
+struct Field(&'static [(&'static str, Used)]);
+
+impl<'de> DeserializeSeed<'de> for Field {
+    type Value = Option<&'static (&'static str, Used)>;
+
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Self::Value, D::Error> {
+        d.deserialize_identifier(self)
+    }
+}
+
+impl Visitor<'_> for Field {
+    type Value = Option<&'static (&'static str, Used)>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name of a field")
+    }
+
+    fn visit_str<E>(self, name: &str) -> Result<Self::Value, E> {
+        Ok(self.0.iter().find(|(known, _)| *known == name))
     }
 }
 
@@ -182,7 +210,7 @@ mod tests {
 
     use super::*;
     use crate::cluster::objects::Interner;
-    use crate::cluster::parse::parse;
+    use crate::cluster::parse::{Parsed, parse, parse_pruned};
 
     /// What is read of an object is what there is to read.
     #[test]
@@ -268,13 +296,18 @@ mod tests {
             let kind = object["kind"].as_str().unwrap();
             let kind = ObjectKind::of(object["apiVersion"].as_str().unwrap(), kind).unwrap();
             let less = read(kind, &object).unwrap();
-            assert_eq!(less["metadata"]["resourceVersion"], "7");
-            assert!(!less.to_string().contains("f:status"));
-            let strip = |value| {
-                let parsed = parse(value, None).unwrap().unwrap();
+            let version = less
+                .get("metadata")
+                .and_then(|meta| meta.get("resourceVersion"));
+            assert_eq!(version.and_then(Pruned::as_str), Some("7"));
+            assert!(!less.clone().into_value().to_string().contains("f:status"));
+            let strip = |parsed: Result<Option<Parsed>, _>| {
+                let parsed = parsed.unwrap().unwrap();
                 parsed.strip(&mut Interner::default())
             };
-            assert_eq!(strip(&less), strip(&object));
+            let expected = strip(parse(&object, None));
+            assert_eq!(strip(parse_pruned(kind, less.clone())), expected);
+            assert_eq!(strip(parse(&less.into_value(), None)), expected);
         }
     }
 
@@ -289,8 +322,46 @@ mod tests {
             json!(null),
         ] {
             let pod = json!({"spec": spec, "status": [spec], "other": spec});
-            let less = read(ObjectKind::Pod, &pod).unwrap();
+            let less = read(ObjectKind::Pod, &pod).unwrap().into_value();
             assert_eq!(less, json!({"spec": spec, "status": [spec]}));
         }
+        for (spec, status) in [
+            (json!(7), json!({})),
+            (json!({"nodeName": 7}), json!({})),
+            (json!({"containers": "web"}), json!({})),
+            (
+                json!({"containers": [{"ports": [{"containerPort": 65_536}]}]}),
+                json!({}),
+            ),
+            (json!({}), json!({"podIPs": [{"ip": "10.0.0.256"}]})),
+            (json!({}), json!({"startTime": "yesterday"})),
+        ] {
+            let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "n"},
+                "spec": spec, "status": status});
+            let less = read(ObjectKind::Pod, &pod).unwrap();
+            let expected = parse(&pod, None).unwrap_err();
+            assert_eq!(parse_pruned(ObjectKind::Pod, less).unwrap_err(), expected);
+        }
+    }
+
+    /// A server that answers with something else is not believed because of what was asked for.
+    #[test]
+    fn what_says_that_it_is_no_pod_is_none() {
+        for (object, is_used) in [
+            (json!({"metadata": {"name": "n"}}), true),
+            (json!({"apiVersion": "v1", "metadata": {"name": "n"}}), true),
+            (json!({"kind": "Pig", "metadata": {"name": "n"}}), false),
+            (
+                json!({"apiVersion": "farm/v1", "metadata": {"name": "n"}}),
+                false,
+            ),
+        ] {
+            let less = read(ObjectKind::Pod, &object).unwrap();
+            let parsed = parse_pruned(ObjectKind::Pod, less).unwrap();
+            assert_eq!(parsed.is_some(), is_used, "{object}");
+        }
+        let nameless = json!({"metadata": {"name": ""}});
+        let less = read(ObjectKind::Pod, &nameless).unwrap();
+        assert!(parse_pruned(ObjectKind::Pod, less).is_err());
     }
 }

@@ -83,6 +83,11 @@ impl Lookups {
         self.asking.len() < AT_ONCE
     }
 
+    /// Whether no answer is waited for.
+    pub fn is_idle(&self) -> bool {
+        self.asking.is_empty()
+    }
+
     /// Asks who has an address, unless too many were asked for.
     pub fn ask(&mut self, client: &Client, ip: IpAddr, totals: &Totals) {
         let now = Instant::now();

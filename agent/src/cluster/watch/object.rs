@@ -15,10 +15,10 @@ use kube::core::DynamicResourceScope;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource};
 use serde::de::{Deserialize, Deserializer};
-use serde_json::Value;
 
 use crate::cluster::objects::ObjectKind;
-use crate::cluster::parse::{Malformed, Parsed, parse, used};
+use crate::cluster::parse::pruned::Pruned;
+use crate::cluster::parse::{Malformed, Parsed, parse_pruned, used};
 
 /// What was read of an object. `None` is of a kind that is not used.
 pub type Item = Result<Option<Parsed>, Malformed>;
@@ -42,16 +42,23 @@ pub enum Step {
 /// from one to thirty seconds and is never the same on two nodes.
 type Steps = BoxStream<'static, Result<Step, watcher::Error>>;
 
+/// Steps of one kind, while it has more, before the others are asked. To ask them all after each step would
+/// cost more than to take it; without a bound a list would hold up the others.
+const IN_A_ROW: usize = 64;
+
 /// The watches of all kinds. They are asked in turn, so that no kind waits for another's list.
 #[derive(Default)]
 pub struct Watches {
+    /// The first one is asked next.
     streams: VecDeque<(ObjectKind, Steps)>,
+    /// How many steps of the first one were taken.
+    in_a_row: usize,
 }
 
 impl Watches {
     /// Watches a kind from now on, in place of how it was watched before.
     pub fn open(&mut self, kind: ObjectKind, client: Client, config: watcher::Config) {
-        self.streams.retain(|(known, _)| *known != kind);
+        self.close(kind);
         self.streams
             .extend(steps(kind, client, config).map(|steps| (kind, steps)));
     }
@@ -59,22 +66,32 @@ impl Watches {
     /// Watches a kind no longer.
     pub fn close(&mut self, kind: ObjectKind) {
         self.streams.retain(|(known, _)| *known != kind);
+        self.in_a_row = 0;
     }
 
     /// The next step of any of them.
     pub async fn next(&mut self) -> (ObjectKind, Result<Step, watcher::Error>) {
         poll_fn(|context| {
             for _ in 0..self.streams.len() {
-                self.streams.rotate_left(1);
-                if let Some((kind, steps)) = self.streams.back_mut()
+                if self.in_a_row >= IN_A_ROW {
+                    self.turn();
+                }
+                if let Some((kind, steps)) = self.streams.front_mut()
                     && let Poll::Ready(Some(step)) = steps.poll_next_unpin(context)
                 {
+                    self.in_a_row += 1;
                     return Poll::Ready((*kind, step));
                 }
+                self.turn();
             }
             Poll::Pending
         })
         .await
+    }
+
+    fn turn(&mut self) {
+        self.streams.rotate_left(1);
+        self.in_a_row = 0;
     }
 }
 
@@ -163,12 +180,10 @@ impl<K> Watched<K> {
 impl<'de, K: Kind> Deserialize<'de> for Watched<K> {
     /// Never fails on a JSON object: one that is malformed must not end the watch of all others.
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let value = used::read(K::KIND, d)?;
-        let list = format!("{}List", K::KIND.as_str());
-        let item = parse(&value, Some((&K::KIND.api_version(), &list)));
+        let object = used::read(K::KIND, d)?;
         let field = |name: &str| {
-            let field = value.get("metadata").and_then(|meta| meta.get(name));
-            field.and_then(Value::as_str).map(str::to_owned)
+            let field = object.get("metadata").and_then(|meta| meta.get(name));
+            field.and_then(Pruned::as_str).map(str::to_owned)
         };
         Ok(Self {
             meta: ObjectMeta {
@@ -177,7 +192,7 @@ impl<'de, K: Kind> Deserialize<'de> for Watched<K> {
                 resource_version: field("resourceVersion"),
                 ..ObjectMeta::default()
             },
-            item: Arc::new(item),
+            item: Arc::new(parse_pruned(K::KIND, object)),
             kind: PhantomData,
         })
     }
@@ -209,5 +224,68 @@ impl<K: Kind> Resource for Watched<K> {
 
     fn meta_mut(&mut self) -> &mut ObjectMeta {
         &mut self.meta
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures_util::FutureExt as _;
+    use futures_util::stream;
+
+    use super::*;
+
+    fn endless() -> Steps {
+        stream::repeat_with(|| Ok(Step::Restart)).boxed()
+    }
+
+    fn next(watches: &mut Watches) -> Option<ObjectKind> {
+        watches.next().now_or_never().map(|(kind, _)| kind)
+    }
+
+    #[tokio::test]
+    async fn an_endless_list_holds_up_no_other() {
+        let kinds = [ObjectKind::Pod, ObjectKind::Node];
+        let mut watches = Watches {
+            streams: kinds.map(|kind| (kind, endless())).into(),
+            in_a_row: 0,
+        };
+        let told: Vec<_> = (0..4 * IN_A_ROW)
+            .filter_map(|_| next(&mut watches))
+            .collect();
+        for kind in kinds {
+            let times = told.iter().filter(|told| **told == kind).count();
+            assert_eq!(times, 2 * IN_A_ROW, "{kind:?}");
+        }
+    }
+
+    /// One that was not asked would wake nobody later.
+    #[tokio::test]
+    async fn all_are_asked_before_it_waits() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let silent = || {
+            let asked = asked.clone();
+            let steps = stream::poll_fn(move |_| {
+                asked.fetch_add(1, Ordering::Relaxed);
+                Poll::Pending
+            });
+            steps.boxed()
+        };
+        let some = stream::iter([Ok(Step::Restart), Ok(Step::Complete)]);
+        let mut watches = Watches {
+            streams: [
+                (ObjectKind::Node, silent()),
+                (ObjectKind::Pod, some.chain(stream::pending()).boxed()),
+                (ObjectKind::Service, silent()),
+            ]
+            .into(),
+            in_a_row: 0,
+        };
+        assert_eq!(next(&mut watches), Some(ObjectKind::Pod));
+        assert_eq!(next(&mut watches), Some(ObjectKind::Pod));
+        assert_eq!(asked.swap(0, Ordering::Relaxed), 1);
+        assert_eq!(next(&mut watches), None);
+        assert_eq!(asked.load(Ordering::Relaxed), 2);
     }
 }
