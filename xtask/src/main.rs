@@ -1,5 +1,6 @@
 //! `cargo xtask`: the project's own commands. Each is one file.
 
+mod ahead;
 mod apt;
 mod architecture;
 mod bench;
@@ -44,6 +45,8 @@ enum Task {
     Demo,
     /// Run every test that this machine can run, or one group
     Test(test::Args),
+    #[command(hide = true)]
+    Ahead(ahead::Args),
     /// Run the benchmarks, or one; tables on stdout, JSON in target/bench/ (root)
     Bench(bench::Args),
     /// Run the fuzz targets for a bounded time
@@ -77,6 +80,7 @@ fn run(task: &Task) -> Result<ExitCode> {
         Task::Image(args) => image::run(args)?,
         Task::Demo => demo::run()?,
         Task::Test(args) => return test::run(args),
+        Task::Ahead(args) => ahead::run(args)?,
         Task::Bench(args) => bench::run(args)?,
         Task::Fuzz(args) => fuzz::run(args)?,
         Task::Vm(args) => return vm::run(args),

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use nix::unistd::geteuid;
 
 use crate::{
-    build,
+    ahead, build,
     command::{cargo, command, root, run as execute},
     dependencies, fuzz,
     image::{self, Selection},
@@ -70,8 +70,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     found.ready_to_build()?;
     let outcomes: Vec<_> = groups
-        .into_iter()
-        .map(|group| (name(group), outcome(group, args, &found)))
+        .iter()
+        .map(|group| {
+            // These labs mostly wait; the groups behind them need half an hour of compiling.
+            let ahead = (*group == Group::Netns).then(|| ahead::start(&needs(&groups, &found)));
+            let outcome = outcome(*group, args, &found);
+            if let Some(ahead) = ahead {
+                ahead.wait();
+            }
+            (name(*group), outcome)
+        })
         .collect();
     print!("\n{}", table(&outcomes));
     let failed = outcomes
@@ -82,6 +90,15 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     } else {
         ExitCode::SUCCESS
     })
+}
+
+/// What these groups need that can be built ahead.
+fn needs(groups: &[Group], found: &Found) -> ahead::Args {
+    let may = |group| groups.contains(&group) && found.lacks(Need::Lab).is_none();
+    let vm = may(Group::Vm) && vm::cannot(found).is_none();
+    let other = vm && vm::cannot_be_other(found).is_none();
+    let kube = may(Group::Kube) && found.lacks(Need::Kube).is_none();
+    ahead::Args::new(vm, other, kube)
 }
 
 fn name(group: Group) -> String {
