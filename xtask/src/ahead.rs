@@ -21,9 +21,6 @@ pub struct Args {
     /// What the group vm needs
     #[arg(long)]
     vm: bool,
-    /// The same for the other architecture
-    #[arg(long)]
-    other: bool,
     /// What the group kube needs
     #[arg(long)]
     kube: bool,
@@ -31,16 +28,12 @@ pub struct Args {
 
 impl Args {
     /// For these groups.
-    pub fn new(vm: bool, other: bool, kube: bool) -> Self {
-        Self { vm, other, kube }
+    pub fn new(vm: bool, kube: bool) -> Self {
+        Self { vm, kube }
     }
 
     fn words(&self) -> impl Iterator<Item = &'static str> {
-        let words = [
-            (self.vm, "--vm"),
-            (self.other, "--other"),
-            (self.kube, "--kube"),
-        ];
+        let words = [(self.vm, "--vm"), (self.kube, "--kube")];
         words
             .into_iter()
             .filter_map(|(wanted, word)| wanted.then_some(word))
@@ -49,11 +42,8 @@ impl Args {
 
 /// Builds it. What fails here is built again by the group that needs it, which says why.
 pub fn run(args: &Args) -> Result<()> {
-    let own = Architecture::own()?;
-    for architecture in Architecture::ALL {
-        if (architecture == own && args.vm) || (architecture != own && args.other) {
-            vm::matrix::programs(architecture)?;
-        }
+    if args.vm {
+        vm::matrix::programs(Architecture::own()?)?;
     }
     if args.kube {
         kube::programs()?;

@@ -74,8 +74,16 @@ impl Found {
     /// Installs what virtual machines need as well: an emulator is much for somebody who only builds.
     pub fn with_vm(mut self) -> Self {
         let known = self.missing.len();
+        packages(&mut self, |need| need == Need::Vm);
+        self.say(known);
+        self
+    }
+
+    /// Installs what virtual machines of the other architecture need as well.
+    pub fn with_other_vm(mut self) -> Self {
+        let known = self.missing.len();
         packages(&mut self, |need| {
-            matches!(need, Need::Vm | Need::Cross | Need::CrossVm)
+            matches!(need, Need::Cross | Need::CrossVm)
         });
         self.say(known);
         self

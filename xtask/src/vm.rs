@@ -58,12 +58,15 @@ pub struct Args {
 
 /// Runs one command in a machine with the static `whydrop`; its exit code goes through.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let found = setup::run()?.with_vm();
+    let (suite, architecture) = kernel(&args.kernel)?;
+    let mut found = setup::run()?.with_vm();
+    if is_other(&args.kernel)? {
+        found = found.with_other_vm();
+    }
     found.ready_to_build()?;
     if let Some(reason) = cannot(&found) {
         bail!("no virtual machine: {reason}");
     }
-    let (suite, architecture) = kernel(&args.kernel)?;
     if architecture != Architecture::own()?
         && let Some(reason) = cannot_be_other(&found)
     {
@@ -127,6 +130,11 @@ fn kernel(name: &str) -> Result<(&str, Architecture)> {
         suite => suite,
     };
     Ok((suite, Architecture::own()?))
+}
+
+/// Whether a kernel is of the other architecture.
+pub fn is_other(name: &str) -> Result<bool> {
+    Ok(kernel(name)?.1 != Architecture::own()?)
 }
 
 /// A shell's words for these arguments.
