@@ -1,6 +1,5 @@
 //! From an address and a port to names, at a time.
 
-use std::hint::black_box;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -89,12 +88,6 @@ impl Index {
     /// Fills in a pod and what runs it, and nothing else.
     pub fn name_pod(&self, end: &mut Endpoint, pod: &Pod) {
         let workload = self.workload(pod);
-        let names = [
-            Some(&pod.key.namespace),
-            Some(&pod.key.name),
-            pod.node.as_ref(),
-        ];
-        read_ahead(names.into_iter().chain([workload.map(|of| &of.name)]));
         end.namespace = Some(pod.key.namespace.clone());
         end.pod = Some(pod.key.name.clone());
         end.workload = workload.cloned();
@@ -179,12 +172,4 @@ fn to_port(protocol: Option<Protocol>, port: Option<u16>) -> Option<Port> {
         protocol,
         port: port?,
     })
-}
-
-/// Reads the counts of strings that are cloned next. In a large cluster each lies in memory that no cache
-/// has. Reads wait for it together; to count one up waits for it alone, and lets no later read begin.
-fn read_ahead<'a>(strings: impl Iterator<Item = Option<&'a Arc<str>>>) {
-    for string in strings.flatten() {
-        black_box(Arc::strong_count(string));
-    }
 }
