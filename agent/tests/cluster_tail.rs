@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tokio::sync::Semaphore;
 
 use crate::support::cluster::{Cluster, agent, line, output, program, publish, says, whydrop};
 use crate::support::{Agent, Tail, until};
@@ -200,6 +201,48 @@ fn a_pod_that_is_being_deleted_is_read_to_its_end_and_not_asked_again() {
         assert_eq!(told.matches(sentence).count(), 1, "{sentence}: {told}");
     }
     assert_eq!(told.lines().count(), 2, "{told}");
+}
+
+/// Its pod begins to be deleted, or fails, between the question and the first answer.
+#[test]
+fn what_a_pod_that_goes_away_says_at_last_is_read() {
+    let cluster = Cluster::start();
+    let is_free = Arc::new(Semaphore::new(0));
+    for (node, second) in [("node-a", 1), ("node-b", 2)] {
+        let is_free = is_free.clone();
+        let late = program(move |mut session| {
+            let is_free = is_free.clone();
+            async move {
+                is_free.acquire().await.unwrap().forget();
+                session.stdout(&line(node, second)).await;
+            }
+        });
+        cluster.add(node, late);
+    }
+    let mut tail = cluster.tail("-f");
+    let asked = |node| until("it to be asked", || cluster.execs(node).len() == 1);
+    asked("node-a");
+    asked("node-b");
+    cluster.terminate("node-a");
+    cluster.end("node-b", "Failed");
+    // The watch tells in order: who follows this one knows of the two.
+    cluster.add("node-c", says(line("node-c", 3)));
+    assert_eq!(tail.packets(1), [3]);
+    is_free.add_permits(2);
+    assert_eq!(tail.packets(2), [1, 2]);
+    cluster.add("node-d", says(line("node-d", 4)));
+    assert_eq!(tail.packets(1), [4]);
+    tail.child.kill().unwrap();
+    let told = tail.stderr();
+    for sentence in [
+        "the agent on node-a went away: its pod is being deleted",
+        "the agent on node-b went away: its pod is Failed",
+        "the agent on node-c is followed too",
+        "the agent on node-d is followed too",
+    ] {
+        assert_eq!(told.matches(sentence).count(), 1, "{sentence}: {told}");
+    }
+    assert_eq!(told.lines().count(), 4, "{told}");
 }
 
 #[test]

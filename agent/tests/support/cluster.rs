@@ -187,10 +187,21 @@ impl Cluster {
 
     /// Begins to delete an agent's pod; what runs in it goes on.
     pub fn terminate(&self, node: &str) {
+        self.modify(node, |object| {
+            object["metadata"]["deletionTimestamp"] = "2026-11-22T12:03:10Z".into();
+        });
+    }
+
+    /// An agent's pod is in another phase; what runs in it goes on.
+    pub fn end(&self, node: &str, phase: &str) {
+        self.modify(node, |object| object["status"]["phase"] = phase.into());
+    }
+
+    fn modify(&self, node: &str, modify: impl FnOnce(&mut Value)) {
         let name = format!("whydrop-{node}");
         let mut objects = self.shared.objects.lock().unwrap();
         let object = objects.get_mut(&name).unwrap();
-        object["metadata"]["deletionTimestamp"] = "2026-11-22T12:03:10Z".into();
+        modify(object);
         let object = object.clone();
         drop(objects);
         self.log("MODIFIED", object);
@@ -332,7 +343,6 @@ fn exec(
     let mut arguments = of("command");
     assert_eq!(arguments.remove(0), "whydrop");
     let asked = (pod.to_owned(), arguments.clone());
-    shared.execs.lock().unwrap().push(asked);
     shared.opening.up();
     shared.open.up();
     let offered = request.headers()[header::SEC_WEBSOCKET_PROTOCOL].clone();
@@ -359,6 +369,8 @@ fn exec(
     });
     let mut running = shared.running.lock().unwrap();
     running.insert(pod.to_owned(), task.abort_handle());
+    drop(running);
+    shared.execs.lock().unwrap().push(asked);
     Response::builder()
         .status(StatusCode::SWITCHING_PROTOCOLS)
         .header(header::CONNECTION, "Upgrade")

@@ -20,6 +20,9 @@ const DEFAULT_CONTAINER: &str = "kubectl.kubernetes.io/default-container";
 /// The container's name in deploy/base.
 const CONTAINER: &str = "agent";
 
+/// Why an agent whose pod goes away cannot be asked.
+pub const DELETED: &str = "its pod is being deleted";
+
 /// One agent's pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agent {
@@ -56,7 +59,7 @@ impl Agent {
         let is_leaving = pod.metadata.deletion_timestamp.is_some();
         let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref());
         let problem = match phase {
-            _ if is_leaving => Some("its pod is being deleted".to_owned()),
+            _ if is_leaving => Some(DELETED.to_owned()),
             Some("Running") => None,
             other => Some(format!("its pod is {}", other.unwrap_or("in no phase"))),
         };

@@ -14,7 +14,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Duration, Instant};
 
 use super::Agents;
-use super::agents::{Agent, Change, ListError};
+use super::agents::{Agent, Change, DELETED, ListError};
 use super::arguments::Part;
 use super::exec::ExecError;
 use super::history;
@@ -179,8 +179,8 @@ struct Followed {
     agent: Agent,
     task: AbortHandle,
     state: State,
-    /// Its pod is being deleted, or is gone: when it breaks off, it is forgotten.
-    is_leaving: bool,
+    /// Why it is forgotten when it breaks off: its pod is being deleted, is gone, or has ended.
+    leaving: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -267,7 +267,7 @@ impl Following {
         let followed = Followed {
             task: task.abort_handle(),
             state,
-            is_leaving: false,
+            leaving: None,
             agent,
         };
         self.followed.insert(followed.agent.uid.clone(), followed);
@@ -283,31 +283,31 @@ impl Following {
                     .filter(|uid| all.iter().all(|agent| agent.uid != **uid))
                     .cloned()
                     .collect();
-                gone.iter().for_each(|uid| self.leave(uid));
+                gone.iter().for_each(|uid| self.leave(uid, DELETED));
                 all.into_iter().for_each(|agent| self.changed(agent));
             }
             Change::Changed(agent) => self.changed(agent),
-            Change::Gone(uid) => self.leave(&uid),
+            Change::Gone(uid) => self.leave(&uid, DELETED),
         }
     }
 
     fn changed(&mut self, agent: Agent) {
         let is_known = self.followed.contains_key(&agent.uid);
-        if is_known && agent.problem.is_some() {
-            self.leave(&agent.uid);
-        }
-        if !is_known && agent.problem.is_none() {
-            self.spawn(agent, None, Begin::At(self.began), State::Joined);
+        match &agent.problem {
+            Some(problem) if is_known => self.leave(&agent.uid, problem),
+            None if !is_known => self.spawn(agent, None, Begin::At(self.began), State::Joined),
+            _ => {}
         }
     }
 
-    /// A pod goes away. What its agent still says is read, until it breaks off.
-    fn leave(&mut self, uid: &str) {
+    /// A pod goes away. What its agent still says is read, until it breaks off; also if it only begins to
+    /// answer.
+    fn leave(&mut self, uid: &str, why: &str) {
         let Some(followed) = self.followed.get_mut(uid) else {
             return;
         };
-        followed.is_leaving = true;
-        if followed.state != State::Connected {
+        followed.leaving = Some(why.to_owned());
+        if followed.state == State::Away {
             followed.task.abort();
             self.followed.remove(uid);
         }
@@ -339,8 +339,8 @@ impl Following {
             Update::Away(error) if error.is_refused() && !self.was_connected => {
                 return Err(error.into());
             }
-            Update::Away(_) if followed.is_leaving => {
-                eprintln!("whydrop: the agent on {name} went away: its pod is being deleted");
+            Update::Away(_) if let Some(why) = &followed.leaving => {
+                eprintln!("whydrop: the agent on {name} went away: {why}");
                 followed.task.abort();
                 self.followed.remove(uid);
             }
