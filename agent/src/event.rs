@@ -212,7 +212,7 @@ pub struct Endpoint {
     pub pod: Option<Arc<str>>,
     /// What runs the pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub workload: Option<Workload>,
+    pub workload: Option<Arc<Workload>>,
     /// The node: of the pod, or the one that the address belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<Arc<str>>,

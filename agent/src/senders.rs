@@ -227,10 +227,10 @@ mod tests {
         Endpoint {
             namespace: Some("shop".into()),
             pod: Some(format!("{workload}-1").into()),
-            workload: Some(Workload {
+            workload: Some(Arc::new(Workload {
                 kind: "Deployment".into(),
                 name: workload.into(),
-            }),
+            })),
             ..Endpoint::default()
         }
     }

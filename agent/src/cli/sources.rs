@@ -113,7 +113,8 @@ pub fn watch_cluster(
     };
     std::thread::Builder::new()
         .name("cluster".to_owned())
-        .spawn(move || runtime.block_on(follow))
+        // A task and not the runtime's own future: before each turn of that one it asks the kernel for news.
+        .spawn(move || runtime.block_on(runtime.spawn(follow)))
         .context("cannot start following the cluster")?;
     Ok(())
 }

@@ -52,7 +52,7 @@ enum Of {
     Tier([Option<Arc<TierPolicy>>; 2]),
     Namespace(Arc<str>),
     /// Also of pods without a workload, by their own name.
-    Workload(Arc<str>, Workload),
+    Workload(Arc<str>, Arc<Workload>),
 }
 
 /// The last changes.
@@ -61,7 +61,7 @@ pub struct Changes {
     last: VecDeque<Entry>,
     /// When each NetworkPolicy changed last, as far as that is known; namespace and name.
     policies: FastMap<(Arc<str>, Arc<str>), Timestamp>,
-    workloads: FastMap<(Arc<str>, Workload), OfWorkload>,
+    workloads: FastMap<(Arc<str>, Arc<Workload>), OfWorkload>,
 }
 
 #[derive(Debug)]
@@ -274,11 +274,12 @@ impl Of {
 }
 
 /// What runs a pod, as far as it tells itself; a bare pod runs itself.
-fn runs(pod: &Pod) -> Workload {
-    pod.workload.clone().unwrap_or_else(|| Workload {
+fn runs(pod: &Pod) -> Arc<Workload> {
+    let itself = || Workload {
         kind: ObjectKind::Pod.as_str().into(),
         name: pod.key.name.clone(),
-    })
+    };
+    pod.workload.clone().unwrap_or_else(|| itself().into())
 }
 
 /// Whether labels differ at most in those that each pod may have of its own.

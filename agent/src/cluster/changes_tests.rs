@@ -20,9 +20,11 @@ fn pod(name: &str, workload: Option<&str>, pairs: &[(&str, &str)]) -> Arc<Pod> {
     };
     let mut pod = Arc::unwrap_or_clone(pod);
     pod.labels = labels(pairs);
-    pod.workload = workload.map(|name| Workload {
-        kind: "Deployment".into(),
-        name: name.into(),
+    pod.workload = workload.map(|name| {
+        Arc::new(Workload {
+            kind: "Deployment".into(),
+            name: name.into(),
+        })
     });
     Arc::new(pod)
 }

@@ -16,7 +16,7 @@ use super::FastMap;
 pub const TOMBSTONE_TTL: SignedDuration = SignedDuration::from_mins(10);
 
 /// How many ended claims are kept: 100 pods a second that go, the most that a cluster is built to
-/// turn over, for 10 minutes. At some 150 bytes each this is 10 MB at worst.
+/// turn over, for 10 minutes. At some 200 bytes each this is 13 MB at worst.
 pub const TOMBSTONES_MAX: usize = 65_536;
 
 /// For each key the claims of its owners, each from a time until it ended.
@@ -26,7 +26,12 @@ pub const TOMBSTONES_MAX: usize = 65_536;
 /// one's end was never seen, and the earlier one has it back when the later one lets go.
 #[derive(Debug)]
 pub struct Claims<K, T> {
-    by_key: FastMap<K, Slot<T>>,
+    /// The one claim that nearly all keys have, small: with an address for a key two lie in a cache
+    /// line, and a look-up in a large cluster waits for memory and for little else.
+    lasting: FastMap<K, Lasting<T>>,
+    /// Claims that ended or that another took over, in the order of precedence: none that started
+    /// when the lasting one did was made after it.
+    others: FastMap<K, Vec<Claim<T>>>,
     /// Ended claims in the order in which they ended.
     tombstones: VecDeque<Tombstone<K>>,
     tombstones_max: usize,
@@ -34,21 +39,15 @@ pub struct Claims<K, T> {
     evicted: u64,
 }
 
-/// The claims of one key in the order of precedence. Nearly all keys have one in their life, so
-/// the last one needs no allocation and no further step in memory.
 #[derive(Debug)]
-struct Slot<T> {
-    last: Claim<T>,
-    /// Hardly any key has one; a list in itself would be the larger part of what most keys take.
-    earlier: Option<Box<Earlier<T>>>,
+struct Lasting<T> {
+    from_ns: i64,
+    owner: Arc<T>,
 }
-
-/// Never empty.
-#[derive(Debug)]
-struct Earlier<T>(Vec<Claim<T>>);
 
 #[derive(Debug)]
 struct Claim<T> {
+    /// By which its tombstone finds it.
     id: u64,
     from_ns: i64,
     /// [`LASTS`] while it does.
@@ -77,7 +76,8 @@ struct Tombstone<K> {
 impl<K, T> Default for Claims<K, T> {
     fn default() -> Self {
         Self {
-            by_key: FastMap::default(),
+            lasting: FastMap::default(),
+            others: FastMap::default(),
             tombstones: VecDeque::new(),
             tombstones_max: TOMBSTONES_MAX,
             next_id: 0,
@@ -89,39 +89,68 @@ impl<K, T> Default for Claims<K, T> {
 impl<K: Hash + Eq + Clone, T> Claims<K, T> {
     /// An owner claims a key from a time on.
     pub fn begin(&mut self, key: K, from: Timestamp, owner: Arc<T>) {
-        let id = self.next_id;
-        self.next_id += 1;
-        let claim = Claim {
-            id,
+        let claim = Lasting {
             from_ns: ns(from),
-            to_ns: LASTS,
             owner,
         };
-        match self.by_key.entry(key) {
+        let earlier = match self.lasting.entry(key.clone()) {
             Entry::Vacant(entry) => {
-                entry.insert(Slot {
-                    last: claim,
-                    earlier: None,
-                });
+                entry.insert(claim);
+                return;
             }
-            Entry::Occupied(mut entry) => entry.get_mut().add(claim),
-        }
+            Entry::Occupied(mut entry) => match entry.get().from_ns <= claim.from_ns {
+                true => entry.insert(claim),
+                false => claim,
+            },
+        };
+        self.put_aside(key, earlier, LASTS);
+    }
+
+    fn put_aside(&mut self, key: K, claim: Lasting<T>, to_ns: i64) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        let claims = self.others.entry(key).or_default();
+        let place = claims.partition_point(|c| c.from_ns <= claim.from_ns);
+        claims.reserve_exact(1);
+        claims.insert(
+            place,
+            Claim {
+                id,
+                from_ns: claim.from_ns,
+                to_ns,
+                owner: claim.owner,
+            },
+        );
+        id
     }
 
     /// The owner's lasting claim goes on under its changed self.
     pub fn update(&mut self, key: &K, old: &Arc<T>, new: Arc<T>) {
-        if let Some(claim) = self.lasting(key, old) {
-            claim.owner = new;
+        match self.lasting.get_mut(key) {
+            Some(claim) if Arc::ptr_eq(&claim.owner, old) => claim.owner = new,
+            _ => {
+                if let Some(claim) = self.taken_over(key, old) {
+                    claim.owner = new;
+                }
+            }
         }
     }
 
     /// The owner's lasting claim ends.
     pub fn end(&mut self, key: &K, owner: &Arc<T>, at: Timestamp) {
-        let Some(claim) = self.lasting(key, owner) else {
+        let to_ns = ns(at);
+        let is_owners = |claim: &Lasting<T>| Arc::ptr_eq(&claim.owner, owner);
+        let id = if self.lasting.get(key).is_some_and(is_owners) {
+            let Some(claim) = self.lasting.remove(key) else {
+                return;
+            };
+            self.put_aside(key.clone(), claim, to_ns)
+        } else if let Some(claim) = self.taken_over(key, owner) {
+            claim.to_ns = to_ns;
+            claim.id
+        } else {
             return;
         };
-        claim.to_ns = ns(at);
-        let id = claim.id;
         if self.tombstones.len() >= self.tombstones_max
             && let Some(oldest) = self.tombstones.pop_front()
         {
@@ -135,23 +164,43 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
         });
     }
 
-    fn lasting(&mut self, key: &K, owner: &Arc<T>) -> Option<&mut Claim<T>> {
-        let slot = self.by_key.get_mut(key)?;
-        let earlier = slot.earlier.iter_mut().flat_map(|earlier| &mut earlier.0);
-        let mut claims = std::iter::once(&mut slot.last).chain(earlier);
+    /// The owner's claim that lasts beneath another's.
+    fn taken_over(&mut self, key: &K, owner: &Arc<T>) -> Option<&mut Claim<T>> {
+        let mut claims = self.others.get_mut(key)?.iter_mut();
         claims.find(|c| c.to_ns == LASTS && Arc::ptr_eq(&c.owner, owner))
     }
 
     /// Who held the key at a time.
     pub fn holder(&self, key: &K, at: Timestamp) -> Option<&Arc<T>> {
-        self.by_key.get(key)?.holding(at).next()
+        let at_ns = ns(at);
+        let lasting = self.lasting.get(key).filter(|c| c.from_ns <= at_ns);
+        let other = self.others_at(key, at_ns).next();
+        match (lasting, other) {
+            (Some(lasting), Some(other)) if lasting.from_ns < other.from_ns => Some(&other.owner),
+            (Some(lasting), _) => Some(&lasting.owner),
+            (None, other) => other.map(|other| &other.owner),
+        }
     }
 
     /// Who held the key at a time if it was one alone.
     pub fn only_holder(&self, key: &K, at: Timestamp) -> Option<&Arc<T>> {
-        let mut owners = self.by_key.get(key)?.holding(at);
+        let at_ns = ns(at);
+        let lasting = self.lasting.get(key).filter(|c| c.from_ns <= at_ns);
+        let others = self.others_at(key, at_ns).map(|other| &other.owner);
+        let mut owners = lasting.map(|claim| &claim.owner).into_iter().chain(others);
         let first = owners.next()?;
         owners.next().is_none().then_some(first)
+    }
+
+    /// Of the others those that held at a time, the one that is believed first.
+    fn others_at(&self, key: &K, at_ns: i64) -> impl Iterator<Item = &Claim<T>> {
+        // Mostly there are none at all.
+        let others = match self.others.is_empty() {
+            true => None,
+            false => self.others.get(key),
+        };
+        let claims = others.into_iter().flat_map(|claims| claims.iter().rev());
+        claims.filter(move |c| c.from_ns <= at_ns && at_ns < c.to_ns)
     }
 
     /// Forgets claims that ended [`TOMBSTONE_TTL`] ago. Returns how many.
@@ -168,22 +217,12 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
     }
 
     fn remove(&mut self, key: &K, id: u64) {
-        let Some(slot) = self.by_key.get_mut(key) else {
+        let Some(claims) = self.others.get_mut(key) else {
             return;
         };
-        let Some(earlier) = &mut slot.earlier else {
-            if slot.last.id == id {
-                self.by_key.remove(key);
-            }
-            return;
-        };
-        if slot.last.id != id {
-            earlier.0.retain(|c| c.id != id);
-        } else if let Some(claim) = earlier.0.pop() {
-            slot.last = claim;
-        }
-        if earlier.0.is_empty() {
-            slot.earlier = None;
+        claims.retain(|c| c.id != id);
+        if claims.is_empty() {
+            self.others.remove(key);
         }
     }
 
@@ -198,34 +237,10 @@ impl<K: Hash + Eq + Clone, T> Claims<K, T> {
     }
 }
 
-impl<T> Slot<T> {
-    fn add(&mut self, claim: Claim<T>) {
-        let earlier = self
-            .earlier
-            .get_or_insert_with(|| Box::new(Earlier(Vec::new())));
-        if self.last.from_ns <= claim.from_ns {
-            earlier.0.push(std::mem::replace(&mut self.last, claim));
-        } else {
-            let place = earlier.0.partition_point(|c| c.from_ns <= claim.from_ns);
-            earlier.0.insert(place, claim);
-        }
-    }
-
-    /// The owners at a time, the one who is believed first.
-    fn holding(&self, at: Timestamp) -> impl Iterator<Item = &Arc<T>> {
-        let at_ns = ns(at);
-        let earlier = self
-            .earlier
-            .iter()
-            .flat_map(|earlier| earlier.0.iter().rev());
-        let claims = std::iter::once(&self.last).chain(earlier);
-        let holding = claims.filter(move |c| c.from_ns <= at_ns && at_ns < c.to_ns);
-        holding.map(|c| &c.owner)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn at(second: i64) -> Timestamp {
@@ -278,6 +293,87 @@ mod tests {
         assert_eq!(holder(&claims, 100), Some("b"));
     }
 
+    /// One after the other, each with whether it lasts: what [`Claims`] does with one key, the slow way.
+    #[derive(Default)]
+    struct Naive(Vec<(i64, i64, Arc<u8>)>);
+
+    impl Naive {
+        fn holding(&self, at: i64) -> Vec<Arc<u8>> {
+            let mut all: Vec<_> = self.0.iter().enumerate().collect();
+            all.retain(|(_, (from, to, _))| (*from..*to).contains(&at));
+            all.sort_by_key(|(i, (from, ..))| (*from, *i));
+            all.into_iter()
+                .rev()
+                .map(|(_, claim)| claim.2.clone())
+                .collect()
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Begin(u8, i64),
+        End(u8, i64),
+        Update(u8),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            (0..3_u8, 0..6_i64).prop_map(|(owner, from)| Step::Begin(owner, from)),
+            (0..3_u8, 3..9_i64).prop_map(|(owner, to)| Step::End(owner, to)),
+            (0..3_u8).prop_map(Step::Update),
+        ];
+        prop::collection::vec(step, 0..24)
+    }
+
+    proptest! {
+        #[test]
+        fn who_holds_is_as_when_all_claims_are_looked_at(steps in steps()) {
+            let (mut claims, mut naive) = (Claims::default(), Naive::default());
+            let mut owners = [0, 1, 2].map(Arc::new);
+            for step in steps {
+                let lasting = |naive: &Naive, owner: &Arc<u8>| {
+                    let mut all = naive.0.iter();
+                    all.position(|(_, to, o)| *to == LASTS && Arc::ptr_eq(o, owner))
+                };
+                match step {
+                    // An owner has an address once.
+                    Step::Begin(owner, from) => {
+                        let owner = &owners[usize::from(owner)];
+                        if lasting(&naive, owner).is_none() {
+                            claims.begin((), at(from), owner.clone());
+                            naive.0.push((from, LASTS, owner.clone()));
+                        }
+                    }
+                    Step::End(owner, to) => {
+                        let owner = &owners[usize::from(owner)];
+                        claims.end(&(), owner, at(to));
+                        if let Some(place) = lasting(&naive, owner) {
+                            naive.0[place].1 = to;
+                        }
+                    }
+                    Step::Update(owner) => {
+                        let new = Arc::new(owner);
+                        let old = std::mem::replace(&mut owners[usize::from(owner)], new.clone());
+                        claims.update(&(), &old, new.clone());
+                        if let Some(place) = lasting(&naive, &old) {
+                            naive.0[place].2 = new;
+                        }
+                    }
+                }
+                for second in 0..10 {
+                    let expected = naive.holding(second);
+                    let only = expected.first().filter(|_| expected.len() == 1);
+                    prop_assert_eq!(claims.holder(&(), at(second)), expected.first());
+                    prop_assert_eq!(claims.only_holder(&(), at(second)), only);
+                }
+            }
+            claims.purge(at(9) + TOMBSTONE_TTL);
+            naive.0.retain(|(_, to, _)| *to == LASTS);
+            let others: usize = claims.others.values().map(Vec::len).sum();
+            prop_assert_eq!(claims.lasting.len() + others, naive.0.len());
+        }
+    }
+
     #[test]
     fn the_oldest_tombstone_makes_room() {
         let mut claims = Claims {
@@ -292,6 +388,6 @@ mod tests {
         assert_eq!((claims.tombstones(), claims.evicted()), (2, 1));
         assert!(claims.holder(&0, at(0)).is_none());
         assert!(claims.holder(&1, at(0)).is_some());
-        assert_eq!(claims.by_key.len(), 2);
+        assert_eq!((claims.lasting.len(), claims.others.len()), (0, 2));
     }
 }

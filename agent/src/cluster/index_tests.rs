@@ -68,10 +68,10 @@ fn an_update_without_a_change_costs_nothing_and_any_change_is_taken() {
         port: 8080,
     };
     let workload = || {
-        Some(Workload {
+        Some(Arc::new(Workload {
             kind: "Deployment".into(),
             name: "web".into(),
-        })
+        }))
     };
     let enforcer = Enforcer {
         cni: "Calico",

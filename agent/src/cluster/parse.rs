@@ -278,16 +278,13 @@ impl Metadata {
     }
 
     /// The owner that controls the object; of a single one that does not say, that one.
-    fn controller(&self, strings: &mut Interner) -> Option<Workload> {
+    fn controller(&self, strings: &mut Interner) -> Option<Arc<Workload>> {
         let owners = self.owner_references.as_deref().unwrap_or_default();
         let owner = match owners {
             [only] if only.controller.is_none() => only,
             _ => owners.iter().find(|o| o.controller == Some(true))?,
         };
-        Some(Workload {
-            kind: strings.get(&owner.kind),
-            name: strings.get(&owner.name),
-        })
+        Some(strings.workload(&owner.kind, &owner.name))
     }
 }
 

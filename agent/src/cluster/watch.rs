@@ -94,7 +94,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_sec
 const DISCOVERY: Duration = Duration::from_secs(300);
 /// Between two bunches of changes. One by one they cost three times as much: each wakes a thread whose memory
 /// is in no cache any more.
-const BUNCH: Duration = Duration::from_millis(50);
+const BUNCH: Duration = Duration::from_millis(100);
 /// A bunch ends when none has come for so long: what a connection has read comes piece by piece.
 const SETTLED: Duration = Duration::from_millis(2);
 /// Between two rounds of forgetting strings that nobody uses.

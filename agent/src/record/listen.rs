@@ -157,10 +157,10 @@ mod tests {
         Endpoint {
             namespace: Some(namespace.into()),
             pod: Some(pod.into()),
-            workload: Some(Workload {
+            workload: Some(Arc::new(Workload {
                 kind: "Deployment".into(),
                 name: "web".into(),
-            }),
+            })),
             ..Endpoint::default()
         }
     }

@@ -7,12 +7,14 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::SocketAddr;
+use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, poll};
 use tokio::sync::watch;
 use whydrop::event::{Event, Line};
 use whydrop::output::http;
@@ -160,7 +162,13 @@ impl Tail {
         Self { child, lines }
     }
 
+    /// The next line. whydrop writes whole ones, so what has begun ends at once.
     pub fn line(&mut self) -> Line {
+        if self.lines.buffer().is_empty() {
+            let mut readable = [PollFd::new(self.lines.get_ref().as_fd(), PollFlags::POLLIN)];
+            let ready = poll(&mut readable, DEADLINE.as_millis() as u16).unwrap();
+            assert_eq!(ready, 1, "waited for a line");
+        }
         let mut line = String::new();
         self.lines.read_line(&mut line).unwrap();
         serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}"))

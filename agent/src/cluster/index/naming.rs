@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 
-use super::Index;
+use super::{Index, address};
 use crate::cluster::objects::{Key, Node, Object, ObjectKind, Pod, Port, Service, selects};
 use crate::cluster::uid::PodUid;
 use crate::event::{Endpoint, EndpointKind, Protocol, ServiceRef, Workload};
@@ -25,14 +25,14 @@ impl Index {
     /// Who had an address at a time. A pod comes before a node, a node before a Service: the
     /// address of a load balancer may be a node's own.
     pub fn holder(&self, ip: IpAddr, at: Timestamp) -> Option<Holder<'_>> {
-        let ip = ip.to_canonical();
-        if let Some(pod) = self.pods.holder(&ip, at) {
+        let address = address(ip);
+        if let Some(pod) = self.pods.holder(&address, at) {
             return Some(Holder::Pod(pod));
         }
-        if let Some(node) = self.nodes.holder(&ip, at) {
+        if let Some(node) = self.nodes.holder(&address, at) {
             return Some(Holder::Node(node));
         }
-        self.services.holder(&ip, at).map(Holder::Service)
+        self.services.holder(&address, at).map(Holder::Service)
     }
 
     /// Names an end by its address and port at a time: fills everything that is known, and
@@ -94,7 +94,7 @@ impl Index {
     }
 
     /// What runs a pod: its owner's owner where that is known, else what the pod itself tells.
-    fn workload<'a>(&'a self, pod: &'a Pod) -> Option<&'a Workload> {
+    fn workload<'a>(&'a self, pod: &'a Pod) -> Option<&'a Arc<Workload>> {
         let known = |kind| self.counts[kind as usize] > 0;
         // Only files have them.
         if !known(ObjectKind::ReplicaSet) && !known(ObjectKind::Job) {
@@ -149,12 +149,12 @@ impl Index {
         let ip = ip.to_canonical();
         let by_port = to_port(protocol, port).and_then(|port| {
             self.service_ports.holder(&(ip, port), at).or_else(|| {
-                self.nodes.holder(&ip, at)?;
+                self.nodes.holder(&address(ip), at)?;
                 self.node_ports.holder(&port, at)
             })
         });
         let service = by_port.or_else(|| {
-            let by_address = self.services.holder(&ip, at);
+            let by_address = self.services.holder(&address(ip), at);
             by_address.filter(|service| service.cluster_ips.contains(&ip))
         })?;
         Some(ServiceRef {

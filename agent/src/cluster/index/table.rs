@@ -81,7 +81,7 @@ mod tests {
             kind: "CronJob".into(),
             name: owner.to_string().into(),
         };
-        Object::Owner(Box::new((key, Some(owner))))
+        Object::Owner(Box::new((key, Some(owner.into()))))
     }
 
     proptest! {

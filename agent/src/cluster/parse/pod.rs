@@ -1,6 +1,7 @@
 //! A pod's fields, and what runs it.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -130,7 +131,7 @@ impl RawPod {
 
 /// The owner's own owner, where names tell it: a Deployment names its ReplicaSets
 /// `NAME-POD_TEMPLATE_HASH`, a CronJob its Jobs `NAME-SCHEDULED_MINUTE` (8 digits and more).
-fn top_of(owner: Workload, pod: &Metadata, strings: &mut Interner) -> Workload {
+fn top_of(owner: Arc<Workload>, pod: &Metadata, strings: &mut Interner) -> Arc<Workload> {
     let top = match &*owner.kind {
         "ReplicaSet" => {
             let labels = pod.labels.as_ref();
@@ -146,10 +147,7 @@ fn top_of(owner: Workload, pod: &Metadata, strings: &mut Interner) -> Workload {
         _ => None,
     };
     match top {
-        Some((kind, name)) if !name.is_empty() => Workload {
-            kind: strings.get(kind),
-            name: strings.get(name),
-        },
+        Some((kind, name)) if !name.is_empty() => strings.workload(kind, name),
         _ => owner,
     }
 }
