@@ -45,6 +45,8 @@ impl Module<'_> {
             eprintln!("{}: building {name}", self.to);
             let started = Instant::now();
             let mut go = self.go(&["build", "-trimpath", "-ldflags", &flags]);
+            // What the linker would leave out again is not even made.
+            go.args(["-gcflags", "all=-dwarf=false"]);
             go.args(["-tags", self.tags, "-o"]).arg(folder.join(name));
             execute(go.arg(package)).with_context(|| format!("build {name}"))?;
             eprintln!("{}: built in {} s", self.to, started.elapsed().as_secs());
