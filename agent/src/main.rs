@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use whydrop::cli::config::Command;
-use whydrop::cli::{agent, check, config, connections, explain, sentence, status, tail, telemetry};
+use whydrop::cli::{
+    agent, check, config, connections, explain, say, sentence, status, tail, telemetry,
+};
 
 fn main() -> ExitCode {
     let cli = match config::parse(std::env::args_os()) {
@@ -24,7 +26,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(args),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("whydrop: {}", sentence(&error));
+        say(sentence(&error));
         ExitCode::FAILURE
     })
 }

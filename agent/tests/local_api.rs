@@ -1,5 +1,6 @@
 //! The real servers over a real unix socket, and the real `whydrop tail` as their reader.
 
+use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixStream;
@@ -133,21 +134,39 @@ fn a_closed_pipe_ends_tail_quietly() {
 fn a_full_disk_is_one_sentence() {
     let agent = Agent::start();
     agent.publish([1]);
-    let output = Command::new(env!("CARGO_BIN_EXE_whydrop"))
-        .args(["tail", "--socket"])
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    let mut tail = Command::new(env!("CARGO_BIN_EXE_whydrop"));
+    tail.args(["tail", "--socket"])
         .arg(agent.socket())
-        .stdout(
-            std::fs::File::options()
-                .write(true)
-                .open("/dev/full")
-                .unwrap(),
-        )
-        .output()
-        .unwrap();
+        .stdout(full());
+    let output = tail.output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let error = String::from_utf8(output.stderr).unwrap();
     assert_eq!(error.lines().count(), 1, "{error}");
     assert!(error.contains("standard output: No space left"), "{error}");
+    // Where even that cannot be said, it ends as it would have.
+    let status = tail.stderr(full()).status().unwrap();
+    assert_eq!(status.code(), Some(1));
+}
+
+/// What a tail has to tell of its agent goes where nothing more can be written.
+#[test]
+fn what_cannot_be_told_ends_nothing() {
+    let mut agent = Agent::start();
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", r#"exec "$0" "$@" 2>/dev/full"#])
+        .arg(env!("CARGO_BIN_EXE_whydrop"))
+        .args(["tail", "-o", "json", "-f", "--socket"])
+        .arg(agent.socket());
+    let mut tail = Tail::start(command);
+    agent.wait_for_readers(1);
+    agent.end();
+    let dir = std::mem::replace(&mut agent.dir, tempfile::tempdir().unwrap());
+    let agent = Agent::start_in(dir);
+    agent.wait_for_readers(1);
+    agent.publish([1]);
+    assert_eq!(tail.packets(1), [1]);
 }
 
 #[test]

@@ -18,7 +18,7 @@ use self::source::Source;
 use crate::answer::question::Asked;
 use crate::cli::config::{ExplainArgs, ExplainOutput};
 use crate::cli::format::{clean, clean_json, clean_lines};
-use crate::cli::sentence;
+use crate::cli::{say, sentence};
 
 mod cluster;
 mod many;
@@ -40,7 +40,7 @@ const ERROR: u8 = 2;
 pub fn run(args: ExplainArgs) -> Result<ExitCode> {
     let code = explain(&args, &mut BufWriter::new(std::io::stdout().lock()));
     Ok(ExitCode::from(code.unwrap_or_else(|error| {
-        eprintln!("whydrop: {}", clean(&sentence(&error)));
+        say(clean(&sentence(&error)));
         ERROR
     })))
 }

@@ -30,6 +30,15 @@ pub mod tail;
 pub mod telemetry;
 pub mod units;
 
+use std::fmt;
+use std::io::{self, Write as _};
+
+/// Tells whoever runs a command, on stderr. Where that cannot be written, as on a full disk, the command goes
+/// on: `eprintln!` would end it.
+pub fn say(sentence: impl fmt::Display) {
+    let _ = writeln!(io::stderr(), "whydrop: {sentence}");
+}
+
 /// An error with its causes as one sentence. Many errors repeat their cause's text in their own, so
 /// what was said already is left out.
 pub fn sentence(error: &anyhow::Error) -> String {

@@ -11,6 +11,7 @@ use tokio::net::unix::pipe;
 
 use crate::cli::config::{Color, Output, TailArgs};
 use crate::cli::format::{Format, TimeFormat};
+use crate::cli::say;
 
 /// Lines of agents as a person or a script wants them.
 pub struct Printer {
@@ -57,10 +58,10 @@ impl Printer {
                 Ok(shown) => text += &shown,
                 Err(error) if !self.told => {
                     self.told = true;
-                    eprintln!(
-                        "whydrop: the agent sent a line that this whydrop cannot read ({error}); \
+                    say(format_args!(
+                        "the agent sent a line that this whydrop cannot read ({error}); \
                          are both of the same version? Such lines are left out"
-                    );
+                    ));
                 }
                 Err(_) => {}
             }

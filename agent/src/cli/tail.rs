@@ -17,6 +17,7 @@ use crate::cli::cluster::lines::MAX_LINE_BYTES;
 use crate::cli::cluster::{Agents, follow};
 use crate::cli::config::TailArgs;
 use crate::cli::printer::{Printer, Stdout, Written, closed};
+use crate::cli::say;
 use crate::output::query::{Query, Since};
 
 /// How many events a terminal begins with, as tail(1) does: an empty screen helps nobody.
@@ -88,7 +89,7 @@ async fn local(mut args: TailArgs, socket: &Path) -> anyhow::Result<()> {
             Ok(answer) => {
                 connected.get_or_insert_with(Timestamp::now);
                 if away {
-                    eprintln!("whydrop: the agent on {} is back", socket.display());
+                    say(format_args!("the agent on {} is back", socket.display()));
                 }
                 (away, pause) = (false, *RETRY.start());
                 printer.print(answer.into_body()).await
@@ -106,7 +107,9 @@ async fn local(mut args: TailArgs, socket: &Path) -> anyhow::Result<()> {
             (_, Some(connected)) => {
                 if !away {
                     let socket = socket.display();
-                    eprintln!("whydrop: the agent on {socket} went away; waiting for it");
+                    say(format_args!(
+                        "the agent on {socket} went away; waiting for it"
+                    ));
                 }
                 away = true;
                 // Where this reader was, also with an agent that was only out of reach.

@@ -23,6 +23,7 @@ use super::node::{self, Begin, NodeLines, Update};
 use crate::cli::config::TailArgs;
 use crate::cli::format::clean;
 use crate::cli::printer::{Printer, Stdout, Written};
+use crate::cli::say;
 use crate::cli::tail::range;
 use crate::output::query::Since;
 
@@ -64,7 +65,7 @@ pub async fn tail(agents: Agents, args: TailArgs) -> anyhow::Result<ExitCode> {
         }
         if !range.follow {
             for (agent, error) in &history.failures {
-                eprintln!("whydrop: the agent on {}: {error}", name(agent));
+                say(format_args!("the agent on {}: {error}", name(agent)));
             }
             return Ok(match history.failures.is_empty() {
                 true => ExitCode::SUCCESS,
@@ -120,7 +121,7 @@ pub async fn tail(agents: Agents, args: TailArgs) -> anyhow::Result<ExitCode> {
                 Err(error) => {
                     let error = error.to_string();
                     if watch_said.as_ref() != Some(&error) {
-                        eprintln!("whydrop: {error}; agents that come or go are not noticed");
+                        say(format_args!("{error}; agents that come or go are not noticed"));
                     }
                     watch_said = Some(error);
                 }
@@ -213,14 +214,14 @@ impl Refused {
             _ => &mut self.unauthorized,
         };
         if !std::mem::replace(told, true) {
-            eprintln!("whydrop: {error}; trying it again");
+            say(format_args!("{error}; trying it again"));
         }
     }
 
     /// The credentials are accepted.
     fn not_any_more(&mut self) {
         if self.unauthorized || self.not_renewed {
-            eprintln!("whydrop: the API server accepts the credentials again");
+            say("the API server accepts the credentials again");
         }
         (self.unauthorized, self.not_renewed) = (false, false);
     }
@@ -254,7 +255,9 @@ impl Following {
             } else {
                 "it"
             };
-            eprintln!("whydrop: the agent on {name}: {problem}; {next} is followed once it runs");
+            say(format_args!(
+                "the agent on {name}: {problem}; {next} is followed once it runs"
+            ));
             return;
         }
         self.spawn(agent, lines, begin, State::New);
@@ -327,8 +330,8 @@ impl Following {
             Update::Items(items) => return Ok(items),
             Update::Connected => {
                 match followed.state {
-                    State::Away => eprintln!("whydrop: the agent on {name} is back"),
-                    State::Joined => eprintln!("whydrop: the agent on {name} is followed too"),
+                    State::Away => say(format_args!("the agent on {name} is back")),
+                    State::Joined => say(format_args!("the agent on {name} is followed too")),
                     State::New | State::Connected => {}
                 }
                 followed.state = State::Connected;
@@ -340,7 +343,7 @@ impl Following {
                 return Err(error.into());
             }
             Update::Away(_) if let Some(why) = &followed.leaving => {
-                eprintln!("whydrop: the agent on {name} went away: {why}");
+                say(format_args!("the agent on {name} went away: {why}"));
                 followed.task.abort();
                 self.followed.remove(uid);
             }
@@ -349,17 +352,17 @@ impl Following {
                 match followed.state {
                     State::Away => {}
                     _ if error.is_final() => {
-                        eprintln!("whydrop: the agent on {name} is left out: {error}");
+                        say(format_args!("the agent on {name} is left out: {error}"));
                     }
                     State::Connected => {
-                        eprintln!(
-                            "whydrop: the agent on {name} went away ({error}); waiting for it"
-                        );
+                        say(format_args!(
+                            "the agent on {name} went away ({error}); waiting for it"
+                        ));
                     }
                     State::New | State::Joined => {
-                        eprintln!(
-                            "whydrop: the agent on {name} does not answer ({error}); waiting for it"
-                        );
+                        say(format_args!(
+                            "the agent on {name} does not answer ({error}); waiting for it"
+                        ));
                     }
                 }
                 followed.state = State::Away;

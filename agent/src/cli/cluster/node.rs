@@ -14,6 +14,7 @@ use super::exec::ExecError;
 use super::merge::Item;
 use super::resume::Seen;
 use crate::cli::format::clean;
+use crate::cli::say;
 use crate::event::{Line, Lost, LostStage};
 use crate::output::query::Since;
 
@@ -96,11 +97,11 @@ impl NodeLines {
         if unread > 0 {
             if !self.told {
                 self.told = true;
-                eprintln!(
-                    "whydrop: the agent on {} sent a line that this whydrop cannot read; are both \
+                say(format_args!(
+                    "the agent on {} sent a line that this whydrop cannot read; are both \
                      of the same version? Such lines are counted as lost",
                     clean(&self.node)
-                );
+                ));
             }
             items.extend(lost(&self.node, unread, self.now()));
         }

@@ -17,7 +17,7 @@ use crate::answer::question::{Asked, Query};
 use crate::answer::{Ground, answer, json, text};
 use crate::cli::client::{self, ClientError};
 use crate::cli::config::{ExplainArgs, From};
-use crate::cli::sentence;
+use crate::cli::{say, sentence};
 use crate::cluster::files::Files;
 use crate::policy::world::World;
 
@@ -125,13 +125,13 @@ impl Source {
     pub fn say(&self) {
         match self {
             Self::Agent(agent) => {
-                eprintln!(
-                    "whydrop: answers of the agent on {}",
+                say(format_args!(
+                    "answers of the agent on {}",
                     agent.socket.display()
-                );
+                ));
             }
             Self::Ground(ground) if ground.origin != Origin::Files => {
-                eprintln!("whydrop: pods and policies {}", ground.origin);
+                say(format_args!("pods and policies {}", ground.origin));
             }
             Self::Ground(_) => {}
         }
