@@ -49,6 +49,8 @@ pub struct Totals {
     pub unnamed: AtomicU64,
     /// Told at once without a name, because there was no room to wait.
     pub full: AtomicU64,
+    /// Not asked for, because too many were; not a result, for it may have its name all the same.
+    pub unasked: AtomicU64,
 }
 
 impl Totals {
@@ -139,8 +141,11 @@ impl Awaited {
         if self.asks.load(Ordering::Relaxed)
             && let Some(questions) = self.questions.get()
         {
-            // A queue that is full means that look-ups are limited; it is awaited all the same.
-            let _ = questions.try_send(ip);
+            // It is awaited all the same: its watch may tell.
+            let is_asked = questions.try_send(ip).is_ok();
+            self.totals
+                .unasked
+                .fetch_add(u64::from(!is_asked), Ordering::Relaxed);
         }
         true
     }
@@ -221,7 +226,7 @@ mod tests {
     #[test]
     fn an_external_address_is_asked_for_only_where_pods_have_no_known_ranges() {
         let awaited = Awaited::default();
-        let (sender, mut questions) = mpsc::channel(4);
+        let (sender, mut questions) = mpsc::channel(1);
         awaited.answer_by(sender);
         let stranger = end("192.0.2.7", EndpointKind::External);
         let now = Instant::now();
@@ -235,6 +240,9 @@ mod tests {
         assert!(!awaited.awaits(&end("127.0.0.1", EndpointKind::External), false, now));
         assert!(awaited.awaits(&stranger, false, now));
         assert!(awaited.awaits(&stranger, false, now), "and not asked twice");
+        // There is no room for one more question, which is awaited all the same.
+        assert!(awaited.awaits(&end("192.0.2.8", EndpointKind::External), false, now));
+        assert_eq!(awaited.totals.unasked.load(Ordering::Relaxed), 1);
         assert_eq!(questions.try_recv().ok(), stranger.ip);
         assert!(questions.try_recv().is_err());
     }

@@ -135,7 +135,7 @@ pub fn name_host_network_pod(end: &mut Endpoint, uid: &PodUid, index: &Index) ->
 
 /// The pod that a network namespace belongs to: the one with the UID of its processes' cgroup,
 /// else the one that holds the addresses on its devices at this time. `None` if no pod is known,
-/// or if the addresses are several pods'.
+/// if the addresses are several pods', or those of a pod with another UID, whose end was not seen yet.
 pub fn pod_of_namespace(
     uid: Option<&PodUid>,
     addresses: &[IpAddr],
@@ -151,6 +151,14 @@ pub fn pod_of_namespace(
         let first = pods.next()?;
         pods.all(|pod| pod.key == first.key).then_some(first)
     })?;
+    // A pod of a file may have no UID.
+    let mut uids = pod.uids().peekable();
+    if let Some(uid) = uid
+        && uids.peek().is_some()
+        && uids.all(|known| known != uid.hash())
+    {
+        return None;
+    }
     let mut end = Endpoint {
         kind: Some(EndpointKind::Pod),
         node: pod.node.clone(),
@@ -371,7 +379,9 @@ mod tests {
         );
         // The cgroup is believed more than an address.
         assert_eq!(pod(Some(WEB), &["10.244.2.9"]), web);
-        assert_eq!(pod(Some(EXPORTER), &["10.244.2.9"]), pg);
+        // One that is not known is not the pod whose address it has.
+        assert_eq!(pod(Some(EXPORTER), &["10.244.2.9"]), None);
+        assert_eq!(pod(None, &["10.244.2.9"]), pg);
         assert_eq!(
             pod(None, &["192.0.2.1", "10.244.1.7", "fd00:10:244:1::7"]),
             web

@@ -128,7 +128,9 @@ async fn report(state: &State, times: Times, client: &Client) -> String {
                 }
             }
             _ = tick.tick() => {
-                let Some(post) = series.next(Instant::now()) else {
+                let post = series.next(Instant::now());
+                totals.limited.fetch_add(series.take_untold(), Ordering::Relaxed);
+                let Some(post) = post else {
                     continue;
                 };
                 let (subject, is_new) = match &post {

@@ -86,6 +86,10 @@ pub fn busybox() -> Result<PathBuf> {
 /// No module proxy answers.
 pub fn tiers() -> Result<PathBuf> {
     let to = build::target().join("kube/tiers");
+    if to.exists() {
+        // What a newer version does not have any more.
+        fs::remove_dir_all(&to).with_context(|| format!("remove {}", to.display()))?;
+    }
     fs::create_dir_all(&to).with_context(|| format!("make {}", to.display()))?;
     for (version, sum) in TIER_VERSIONS {
         // With the fields that not every implementation has to know.

@@ -3,7 +3,7 @@
 //!
 //! Nothing in one depends on when or where it was made, so the same program gives the same bytes.
 
-use std::{io::Write as _, path::Path};
+use std::{fs::Permissions, io::Write as _, os::unix::fs::PermissionsExt as _, path::Path};
 
 use anyhow::{Context as _, Result};
 use flate2::{Compression, GzBuilder};
@@ -38,7 +38,10 @@ pub struct Image<'a> {
 /// Whoever reads it at the same time sees the old archive or the new one, never half of one.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().context("the archive needs a folder")?;
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    // Who loads it may be somebody else than who made it.
+    let mut file = tempfile::Builder::new()
+        .permissions(Permissions::from_mode(0o644))
+        .tempfile_in(folder)?;
     file.write_all(bytes)?;
     file.persist(path)
         .with_context(|| format!("writing {}", path.display()))?;

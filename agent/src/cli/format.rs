@@ -315,6 +315,13 @@ pub fn clean_lines(text: &str) -> String {
         .collect()
 }
 
+/// [`clean_json`] for text of several lines.
+pub fn clean_json_lines(text: &str) -> String {
+    text.lines()
+        .map(|line| clean_json(line).into_owned() + "\n")
+        .collect()
+}
+
 /// One YAML document. Where the YAML would hold hostile characters as they are, it is JSON (which
 /// is YAML, and has an escape for each).
 fn yaml(line: &Line) -> anyhow::Result<String> {
@@ -323,10 +330,7 @@ fn yaml(line: &Line) -> anyhow::Result<String> {
         return Ok(format!("---\n{yaml}"));
     }
     let json = serde_json::to_string_pretty(line)?;
-    let lines = json
-        .lines()
-        .map(|line| clean_json(line).into_owned() + "\n");
-    Ok(std::iter::once("---\n".to_owned()).chain(lines).collect())
+    Ok("---\n".to_owned() + &clean_json_lines(&json))
 }
 
 /// [`clean`] for a JSON text of one line: the same value, since such characters only stand in its

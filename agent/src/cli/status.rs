@@ -11,7 +11,7 @@ use crate::cli::client;
 use crate::cli::cluster::kubeconfig::{Target, target};
 use crate::cli::cluster::{self, Agents};
 use crate::cli::config::{ReportOutput, StatusArgs};
-use crate::cli::format::clean;
+use crate::cli::format::{clean, clean_json_lines, clean_lines};
 use crate::cli::printer::Stdout;
 use crate::selection::{Flag, Selection};
 
@@ -49,8 +49,8 @@ async fn local(socket: &Path, nodes: &Selection, output: ReportOutput) -> anyhow
         clean(node)
     );
     let text = match output {
-        ReportOutput::Json => serde_json::to_string_pretty(&status)? + "\n",
-        ReportOutput::Text => serde_saphyr::to_string(&status)?,
+        ReportOutput::Json => clean_json_lines(&serde_json::to_string_pretty(&status)?),
+        ReportOutput::Text => clean_lines(&serde_saphyr::to_string(&status)?),
     };
     Stdout.write(text.as_bytes())?;
     Ok(ExitCode::SUCCESS)

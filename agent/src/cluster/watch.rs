@@ -243,11 +243,13 @@ impl Cluster {
     async fn follow(&mut self, mut server: Server) -> String {
         self.say(true, Some(server.shown.clone()), None);
         let mut watches = Watches::default();
-        for kind in KINDS.into_iter().filter(|kind| server.watches(*kind)) {
-            let known = self.kind(kind);
-            known.health = Health::default();
-            known.in_pages = !server.streams;
-            self.open(kind, &server, &mut watches);
+        for kind in KINDS {
+            match server.watches(kind) {
+                Some(true) => self.begin(kind, &server, &mut watches),
+                // An earlier server had it, or more pods are there than it was watched for.
+                Some(false) => self.forget(kind),
+                None => self.kind(kind).health = Health::default(),
+            }
         }
         let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
         let mut second = tokio::time::interval(Duration::from_secs(1));
@@ -342,7 +344,31 @@ impl Cluster {
         self.kinds.entry(kind).or_default()
     }
 
-    /// Begins to watch a kind, or begins anew.
+    /// Begins to watch a kind of a server. What is known of it stays until it is listed.
+    fn begin(&mut self, kind: ObjectKind, server: &Server, watches: &mut Watches) {
+        let known = self.kind(kind);
+        *known = Kind {
+            listed: known.listed,
+            in_pages: !server.streams,
+            ..Kind::default()
+        };
+        self.open(kind, server, watches);
+    }
+
+    /// A kind is not watched any more: nothing of it is known, nor how its watch does.
+    fn forget(&mut self, kind: ObjectKind) {
+        self.kinds.insert(kind, Kind::default());
+        let now = Timestamp::now();
+        let mut index = self.state.index_mut();
+        let keys: Vec<Key> = index.keys(kind).cloned().collect();
+        for key in keys {
+            index.apply(Change::Delete(key), now);
+        }
+        drop(index);
+        self.state.forget_source(health::source(kind).0);
+    }
+
+    /// Opens the watch of a kind, or opens it anew.
     fn open(&mut self, kind: ObjectKind, server: &Server, watches: &mut Watches) {
         let seconds = u32::try_from(self.times.watch.as_secs()).unwrap_or(u32::MAX);
         let config = watcher::Config::default().timeout(seconds).page_size(PAGE);
@@ -367,21 +393,17 @@ impl Cluster {
         let Some(offered) = offered else {
             return;
         };
-        let before = std::mem::replace(&mut server.offered, offered);
+        let before = server.offered.replace(offered);
         for kind in OPTIONAL {
-            match (before.contains(&kind), server.offered.contains(&kind)) {
-                (false, true) => {
-                    self.kind(kind).in_pages = !server.streams;
-                    self.open(kind, server, watches);
-                }
-                (true, false) => {
+            let was = before.as_ref().map(|before| before.contains(&kind));
+            match (was, server.watches(kind) == Some(true)) {
+                (Some(true), true) | (Some(false), false) => {}
+                (_, true) => self.begin(kind, server, watches),
+                // With its definition each object is gone.
+                (_, false) => {
                     watches.close(kind);
-                    // With its definition each object is gone.
-                    self.kind(kind).listing = Some((Instant::now(), HashSet::new()));
-                    self.complete(kind);
-                    self.state.forget_source(health::source(kind).0);
+                    self.forget(kind);
                 }
-                _ => {}
             }
         }
     }

@@ -109,6 +109,8 @@ struct Series {
     last: Timestamp,
     last_at: Instant,
     count: u64,
+    /// Events of whydrop that it is made of.
+    noted: u64,
     /// As the Event says.
     told: u64,
     name: Option<String>,
@@ -122,6 +124,8 @@ pub struct AllSeries {
     series: HashMap<Subject, Series>,
     tokens: u32,
     refilled: Instant,
+    /// Events of series that were over before their turn came.
+    untold: u64,
 }
 
 impl AllSeries {
@@ -133,6 +137,7 @@ impl AllSeries {
             series: HashMap::new(),
             tokens: BURST,
             refilled: now,
+            untold: 0,
         }
     }
 
@@ -164,6 +169,7 @@ impl AllSeries {
             last: event.time,
             last_at: now,
             count: 0,
+            noted: 0,
             told: 0,
             name: None,
             due: now + GATHER,
@@ -172,6 +178,7 @@ impl AllSeries {
             (series.note, series.is_explained) = (note, true);
         }
         series.count += count;
+        series.noted += 1;
         series.last = series.last.max(event.time);
         series.last_at = now;
         true
@@ -235,8 +242,17 @@ impl AllSeries {
     }
 
     fn forget(&mut self, now: Instant) {
-        self.series
-            .retain(|_, series| now.duration_since(series.last_at) < OVER);
+        let over = self
+            .series
+            .extract_if(|_, series| now.duration_since(series.last_at) >= OVER);
+        let untold = over.filter(|(_, series)| series.told == 0);
+        self.untold += untold.map(|(_, series)| series.noted).sum::<u64>();
+    }
+
+    /// How many events were told nowhere because their series were over before their turn came, since this
+    /// was asked last.
+    pub fn take_untold(&mut self) -> u64 {
+        std::mem::take(&mut self.untold)
     }
 }
 

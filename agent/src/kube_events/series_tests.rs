@@ -173,3 +173,23 @@ fn a_note_is_as_long_as_the_api_takes() {
     let (_, note) = created(all.next(start + SECOND));
     assert!((NOTE_BYTES - 1..=NOTE_BYTES).contains(&note.len()));
 }
+
+#[test]
+fn what_is_over_before_its_turn_is_counted() {
+    let start = Instant::now();
+    let mut all = series(start);
+    let burst = BURST as usize;
+    for to in 0..burst + 5 {
+        assert!(all.note(&event(to), start));
+        assert!(all.note(&event(to), start));
+    }
+    let mut at = start + SECOND;
+    for n in 0..burst {
+        let (subject, _) = created(all.next(at));
+        all.answered(&subject, Answer::Created(n.to_string()), at);
+    }
+    assert_eq!(all.take_untold(), 0);
+    at += OVER;
+    assert_eq!(all.next(at), None);
+    assert_eq!((all.take_untold(), all.take_untold()), (10, 0));
+}

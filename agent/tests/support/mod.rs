@@ -26,6 +26,7 @@ use whydrop::state::State;
 pub mod api;
 pub mod cluster;
 pub mod command;
+pub mod follower;
 
 /// Nothing here takes this long, on any machine.
 pub const DEADLINE: Duration = Duration::from_secs(60);

@@ -11,6 +11,7 @@ use tokio::time::{Duration, timeout};
 
 use super::Agents;
 use super::login::NotRenewed;
+use crate::cli::format::clean;
 use crate::cluster::watch::causes;
 
 /// Pods in a page of a list.
@@ -61,7 +62,10 @@ impl Agent {
         let problem = match phase {
             _ if is_leaving => Some(DELETED.to_owned()),
             Some("Running") => None,
-            other => Some(format!("its pod is {}", other.unwrap_or("in no phase"))),
+            other => {
+                let phase = clean(other.unwrap_or("in no phase"));
+                Some(format!("its pod is {phase}"))
+            }
         };
         Self {
             node: spec.and_then(|s| s.node_name.clone()).unwrap_or_default(),
@@ -240,7 +244,7 @@ impl Agents {
             Error::WatchError(_) | Error::NoResourceVersion => Some(ListError::Other {
                 verb: "watch",
                 namespace: self.namespace.clone(),
-                why: causes(error),
+                why: clean(&causes(error)).into_owned(),
             }),
         }
     }

@@ -76,7 +76,7 @@ pub async fn tail(agents: Agents, args: TailArgs) -> anyhow::Result<ExitCode> {
     }
     let begin = match (begins_now, range.since) {
         (true, _) => Begin::Now,
-        (false, Some(since)) => Begin::Since(since),
+        (false, Some(since)) => Begin::Since(since, began),
         // Nobody has the last ones any more who did not have them at first.
         (false, None) => Begin::At(began),
     };
@@ -94,7 +94,7 @@ pub async fn tail(agents: Agents, args: TailArgs) -> anyhow::Result<ExitCode> {
             // Who answered and had nothing has nothing of before: whatever it has later is new.
             (Some((lines, true)), Begin::At(_)) => {
                 let ever = Since::At(Timestamp::UNIX_EPOCH);
-                (Some(lines), Begin::Since(ever))
+                (Some(lines), Begin::Since(ever, began))
             }
             (lines, begin) => (lines.map(|(lines, _)| lines), begin),
         };
@@ -111,7 +111,10 @@ pub async fn tail(agents: Agents, args: TailArgs) -> anyhow::Result<ExitCode> {
             Some(change) = watch.next() => match change {
                 Ok(change) => {
                     watch_said = None;
-                    following.refused.not_any_more();
+                    // A watch outlives its credentials; what begins with a list was accepted now.
+                    if matches!(change, Change::All(_)) {
+                        following.refused.not_any_more();
+                    }
                     following.change(change);
                 }
                 Err(ListError::Unauthorized) => {
@@ -295,11 +298,12 @@ impl Following {
     }
 
     fn changed(&mut self, agent: Agent) {
-        let is_known = self.followed.contains_key(&agent.uid);
-        match &agent.problem {
-            Some(problem) if is_known => self.leave(&agent.uid, problem),
-            None if !is_known => self.spawn(agent, None, Begin::At(self.began), State::Joined),
-            _ => {}
+        match (&agent.problem, self.followed.get_mut(&agent.uid)) {
+            (Some(problem), Some(_)) => self.leave(&agent.uid, problem),
+            // As after its node's restart.
+            (None, Some(followed)) => followed.leaving = None,
+            (None, None) => self.spawn(agent, None, Begin::At(self.began), State::Joined),
+            (Some(_), None) => {}
         }
     }
 

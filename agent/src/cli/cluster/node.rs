@@ -33,6 +33,8 @@ pub struct NodeLines {
     node: Arc<str>,
     seen: Seen,
     latest: Option<Timestamp>,
+    /// The latest event's line, and how many losses were told behind it.
+    behind: (String, u32),
     /// A line that could not be read was told of.
     told: bool,
 }
@@ -43,6 +45,7 @@ struct Head {
     time: Option<Timestamp>,
     packets: Option<u64>,
     lost: Option<u64>,
+    stage: Option<LostStage>,
 }
 
 impl NodeLines {
@@ -52,6 +55,7 @@ impl NodeLines {
             node: node.into(),
             seen: Seen::default(),
             latest: None,
+            behind: <_>::default(),
             told: false,
         }
     }
@@ -72,6 +76,7 @@ impl NodeLines {
                     packets,
                     ..
                 }) => {
+                    self.behind = (line.clone(), 0);
                     if !self.seen.is_new(time, &line) {
                         continue;
                     }
@@ -79,8 +84,16 @@ impl NodeLines {
                     (time, packets.unwrap_or(1), true)
                 }
                 Ok(Head {
-                    lost: Some(lost), ..
-                }) => (self.now(), lost, false),
+                    lost: Some(lost),
+                    stage,
+                    ..
+                }) => {
+                    // What a reader lost is told to this one alone, all else is kept with the events.
+                    if stage != Some(LostStage::Reader) && !self.is_new_loss(&line) {
+                        continue;
+                    }
+                    (self.now(), lost, false)
+                }
                 Ok(_) | Err(_) => {
                     unread += 1;
                     continue;
@@ -106,6 +119,16 @@ impl NodeLines {
             items.extend(lost(&self.node, unread, self.now()));
         }
         items
+    }
+
+    /// A loss has no time; it is known by its place behind an event, with which each stream begins.
+    fn is_new_loss(&mut self, line: &str) -> bool {
+        let (event, told) = &mut self.behind;
+        *told += 1;
+        let Some(time) = self.latest else {
+            return true;
+        };
+        self.seen.is_new(time, &format!("{event}\n{told}\n{line}"))
     }
 
     /// The place of what has no time.
@@ -137,8 +160,22 @@ pub enum Begin {
     Now,
     /// With those since a moment of this clock, told to the agent as an age, since its clock may differ.
     At(Instant),
-    /// As it was asked for.
-    Since(Since),
+    /// As it was asked for, at a moment that an age counts from.
+    Since(Since, Instant),
+}
+
+/// Since when lines are asked for, of which these were the latest; `None` for those that come.
+fn since(latest: Option<Timestamp>, begin: Begin) -> Option<Since> {
+    let elapsed = |moment: Instant| SignedDuration::try_from(moment.elapsed()).unwrap_or_default();
+    match (latest, begin) {
+        (Some(latest), _) => Some(Since::At(latest)),
+        (None, Begin::Now) => None,
+        (None, Begin::Since(Since::Ago(age), asked)) => {
+            Some(Since::Ago(age.saturating_add(elapsed(asked))))
+        }
+        (None, Begin::Since(since, _)) => Some(since),
+        (None, Begin::At(moment)) => Some(Since::Ago(elapsed(moment))),
+    }
 }
 
 /// What there is to say of a node.
@@ -164,20 +201,6 @@ pub async fn follow(
     let mut pause = *RETRY.start();
     let mut was_unauthorized = false;
     loop {
-        let since = match (lines.seen.resume(), begin) {
-            (Some(seen), _) => Some(Since::At(seen)),
-            (None, Begin::Now) => None,
-            (None, Begin::Since(since)) => Some(since),
-            (None, Begin::At(moment)) => SignedDuration::try_from(moment.elapsed())
-                .ok()
-                .map(Since::Ago),
-        };
-        let part = Part {
-            heartbeat: Some(HEARTBEAT),
-            last: None,
-            since,
-        };
-        let arguments = arguments::tail(&agents.selection, part);
         let began = Instant::now();
         let generation = agents.login.generation();
         let mut session = Session {
@@ -186,12 +209,12 @@ pub async fn follow(
             updates: &updates,
             is_connected: false,
         };
-        let Err(mut error) = session.read(&arguments, &mut lines).await;
+        let Err(mut error) = session.read(begin, &mut lines).await;
         if session.is_connected {
             pause = *RETRY.start();
-            if matches!(begin, Begin::Now) {
-                begin = Begin::At(began);
-            }
+        }
+        if matches!(begin, Begin::Now) {
+            begin = Begin::At(began);
         }
         let is_unauthorized = error == ExecError::Unauthorized;
         let is_first = !std::mem::replace(&mut was_unauthorized, is_unauthorized);
@@ -225,13 +248,20 @@ impl Session<'_> {
     /// Until it breaks.
     async fn read(
         &mut self,
-        arguments: &[String],
+        begin: Begin,
         lines: &mut NodeLines,
     ) -> Result<std::convert::Infallible, ExecError> {
         // Until the first sign of life; never closed.
         let opening = self.agents.opening.acquire().await.ok();
+        let part = Part {
+            heartbeat: Some(HEARTBEAT),
+            last: None,
+            // Only now, for the place was waited for.
+            since: since(lines.seen.resume(), begin),
+        };
+        let arguments = arguments::tail(&self.agents.selection, part);
         let first = async {
-            let mut exec = self.agents.exec(self.agent, arguments).await?;
+            let mut exec = self.agents.exec(self.agent, &arguments).await?;
             let read = exec.lines().await?;
             Ok::<_, ExecError>((exec, read))
         };
@@ -256,5 +286,59 @@ impl Session<'_> {
     /// Waits for room. If nobody takes it any more, the whole task is about to end.
     async fn tell(&self, update: Update) {
         drop(self.updates.send((self.agent.uid.clone(), update)).await);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(second: u64) -> String {
+        format!(r#"{{"time": "2026-11-22T12:03:0{second}Z", "packets": {second}}}"#)
+    }
+
+    fn lost(stage: &str, packets: u64) -> String {
+        format!(r#"{{"lost": {packets}, "stage": "{stage}", "node": "a"}}"#)
+    }
+
+    fn shown(lines: &mut NodeLines, of: &[String]) -> Vec<String> {
+        let items = lines.items(of.to_vec());
+        items.into_iter().map(|item| item.line).collect()
+    }
+
+    #[test]
+    fn a_loss_is_shown_once_however_often_the_stream_breaks() {
+        let mut lines = NodeLines::new("a");
+        // Before any event there is no place to know it by.
+        assert_eq!(shown(&mut lines, &[lost("ring", 1)]).len(), 1);
+        let kept = [event(1), lost("ring", 7), lost("ring", 7), event(2)];
+        assert_eq!(shown(&mut lines, &kept[..2]), kept[..2]);
+        lines.seen.resume();
+        assert_eq!(shown(&mut lines, &kept), kept[2..]);
+        lines.seen.resume();
+        assert!(shown(&mut lines, &kept).is_empty());
+        // One behind the newest event, and what this reader alone lost.
+        let more = [lost("ring", 7), lost("reader", 7), lost("reader", 7)];
+        assert_eq!(shown(&mut lines, &more), more);
+    }
+
+    #[test]
+    fn an_age_is_that_of_the_moment_that_it_was_asked_for() {
+        let second = Duration::from_secs(1);
+        let Some(asked) = Instant::now().checked_sub(30 * second) else {
+            return;
+        };
+        let age = |begin| match since(None, begin) {
+            Some(Since::Ago(age)) => age.as_secs(),
+            other => panic!("{other:?}"),
+        };
+        let minute = Since::Ago(SignedDuration::from_secs(60));
+        assert_eq!(age(Begin::Since(minute, asked)), 90);
+        assert_eq!(age(Begin::At(asked)), 30);
+        let at = Since::At(Timestamp::UNIX_EPOCH);
+        assert_eq!(since(None, Begin::Since(at, asked)), Some(at));
+        assert_eq!(since(None, Begin::Now), None);
+        let seen = Some(Timestamp::UNIX_EPOCH);
+        assert_eq!(since(seen, Begin::Since(minute, asked)), Some(at));
     }
 }

@@ -9,7 +9,7 @@ use super::agents::Agent;
 use super::exec::ExecError;
 use super::{Agents, OPENING, arguments};
 use crate::cli::config::ReportOutput;
-use crate::cli::format::clean;
+use crate::cli::format::{clean, clean_json_lines, clean_lines};
 use crate::cli::printer::Stdout;
 
 /// Prints what the agents say of themselves; one that does not answer has a row that says why.
@@ -29,8 +29,8 @@ pub async fn status(agents: Agents, output: ReportOutput) -> anyhow::Result<Exit
         });
     }
     let text = match output {
-        ReportOutput::Json => serde_json::to_string_pretty(&rows)? + "\n",
-        ReportOutput::Text => table(&rows),
+        ReportOutput::Json => clean_json_lines(&serde_json::to_string_pretty(&rows)?),
+        ReportOutput::Text => clean_lines(&table(&rows)),
     };
     Stdout.write(text.as_bytes())?;
     Ok(match failed {

@@ -89,7 +89,11 @@ impl Cluster {
         let pods = lookups::pods(&answer, &self.state.node, &mut self.strings);
         if pods.is_empty() {
             totals.none.fetch_add(1, Ordering::Relaxed);
-            return self.state.awaited.is_nobodys(ip);
+            // A pod of this node is told by its watch in a moment.
+            if lookups::is_nobodys(&answer) {
+                self.state.awaited.is_nobodys(ip);
+            }
+            return;
         }
         totals.found.fetch_add(1, Ordering::Relaxed);
         for pod in pods {

@@ -43,15 +43,17 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// All of them, by result.
-    pub fn counts(&self) -> [(&'static str, u64); 4] {
-        [
+    /// All of them, by result. `unasked`: those that did not even come so far.
+    pub fn counts(&self, unasked: u64) -> [(&'static str, u64); 4] {
+        let mut counts = [
             ("found", &self.found),
             ("none", &self.none),
             ("error", &self.error),
             ("limited", &self.limited),
         ]
-        .map(|(name, count)| (name, count.load(Ordering::Relaxed)))
+        .map(|(name, count)| (name, count.load(Ordering::Relaxed)));
+        counts[3].1 += unasked;
+        counts
     }
 }
 
@@ -150,6 +152,11 @@ async fn ask(client: Client, ip: IpAddr) -> Result<Value, kube::Error> {
             format!("no answer within {} s", TIMEOUT.as_secs()).into(),
         )),
     }
+}
+
+/// Whether an answer says that nobody has the address.
+pub fn is_nobodys(answer: &Value) -> bool {
+    answer["items"].as_array().is_some_and(Vec::is_empty)
 }
 
 /// The pods of an answer that hold addresses of their own; those of a node are watched anyway.

@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::task::Poll;
 
-use futures_util::stream::{BoxStream, StreamExt as _};
+use futures_util::stream::{self, BoxStream, StreamExt as _};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::core::DynamicResourceScope;
 use kube::runtime::{WatchStreamExt as _, watcher};
@@ -114,7 +114,17 @@ fn steps(kind: ObjectKind, client: Client, config: watcher::Config) -> Option<St
 }
 
 fn open<K: Kind>(client: Client, config: watcher::Config) -> Steps {
+    let mut begun = false;
     watcher(Api::<Watched<K>>::all(client), config)
+        // kube says that a list begins before it asks for it. Told on, that would stand for a list that never
+        // comes, and a good word between two failures would keep the pauses short.
+        .flat_map(move |event| {
+            let begins = matches!(event, Ok(watcher::Event::Init));
+            let began = std::mem::replace(&mut begun, begins) && event.is_ok();
+            let told = (!begins).then_some(event);
+            let init = began.then_some(Ok(watcher::Event::Init));
+            stream::iter([init, told].into_iter().flatten())
+        })
         .default_backoff()
         .map(|event| {
             Ok(match event? {
@@ -232,7 +242,6 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use futures_util::FutureExt as _;
-    use futures_util::stream;
 
     use super::*;
 

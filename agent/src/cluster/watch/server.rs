@@ -37,8 +37,8 @@ pub struct Server {
     pub streams: bool,
     /// Only the pods of this node are watched.
     pub is_of_node: bool,
-    /// The optional kinds that it has.
-    pub offered: Vec<ObjectKind>,
+    /// The optional kinds that it has; `None` while it has not said so.
+    pub offered: Option<Vec<ObjectKind>>,
 }
 
 impl Server {
@@ -71,7 +71,7 @@ impl Server {
             .trim_end_matches(|c: char| !c.is_ascii_digit());
         let streams =
             version.major != "1" || minor.parse().is_ok_and(|m: u32| m >= STREAMING_LISTS);
-        let offered = offered(&client).await.unwrap_or_default();
+        let offered = offered(&client).await;
         let pods = match reach {
             Reach::Auto => count_pods(&client).await,
             Reach::Cluster | Reach::Node => None,
@@ -108,12 +108,13 @@ impl Server {
         })
     }
 
-    /// Optional kinds only where they are. Of all endpoints an agent that watches its node would keep more than of all pods of it.
-    pub fn watches(&self, kind: ObjectKind) -> bool {
+    /// Whether a kind is watched. Optional ones only where they are; `None` while that is not known. Of all
+    /// endpoints an agent that watches its node would keep more than of all pods of it.
+    pub fn watches(&self, kind: ObjectKind) -> Option<bool> {
         match kind {
-            ObjectKind::EndpointSlice => !self.is_of_node,
-            kind if OPTIONAL.contains(&kind) => self.offered.contains(&kind),
-            _ => true,
+            ObjectKind::EndpointSlice => Some(!self.is_of_node),
+            kind if OPTIONAL.contains(&kind) => Some(self.offered.as_ref()?.contains(&kind)),
+            _ => Some(true),
         }
     }
 }

@@ -67,7 +67,7 @@ pub(super) fn losses(encoder: &mut DescriptorEncoder<'_>, state: &State) -> fmt:
         ),
         state
             .lookups
-            .counts()
+            .counts(state.awaited.totals.unasked.load(Ordering::Relaxed))
             .map(|(result, n)| (one("result", result), n)),
     )?;
     counters(
