@@ -1,5 +1,6 @@
 //! Builds the eBPF programs and leaves the object in `OUT_DIR`, where `source::load` includes it.
 
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
@@ -9,15 +10,20 @@ fn main() -> Result<()> {
     // RUSTC_BOOTSTRAP. Set on a child of this script: on the whole workspace it would switch
     // nightly features on in dependencies.
     if std::env::var_os("RUSTC_BOOTSTRAP").is_none_or(|v| v != "1") {
-        let status = Command::new(std::env::current_exe()?)
-            .env("RUSTC_BOOTSTRAP", "1")
-            .status()
-            .context("could not start the eBPF build")?;
+        let out = std::env::var("OUT_DIR").context("cargo sets OUT_DIR")?;
+        let mut build = Command::new(std::env::current_exe()?);
+        build.env("RUSTC_BOOTSTRAP", "1");
+        // The programs are the same in whatever build of the agent: checked, tested, released. What they
+        // are made of is built once for all of them, beside these builds. The tag is cargo's own.
+        let mut above = Path::new(&out).ancestors();
+        if let Some(target) = above.find(|folder| folder.join("CACHEDIR.TAG").is_file()) {
+            build.env("CARGO_BUILD_BUILD_DIR", target.join("ebpf"));
+        }
+        let status = build.status().context("could not start the eBPF build")?;
         if !status.success() {
             bail!("the eBPF programs were not built; `cargo xtask setup` installs what they need");
         }
         // Read by tests/build.rs: the benchmarks' peers are built in the same go.
-        let out = std::env::var("OUT_DIR").context("cargo sets OUT_DIR")?;
         println!("cargo::metadata=programs={out}");
         return Ok(());
     }

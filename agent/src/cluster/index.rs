@@ -459,8 +459,8 @@ fn move_claims<K: std::hash::Hash + Eq + Clone, T>(
     keys: impl Fn(&T) -> Vec<K>,
 ) {
     let (old_keys, new_keys) = (
-        old.map_or_else(Vec::new, |old| keys(old)),
-        new.map_or_else(Vec::new, |new| keys(new)),
+        old.map_or_else(Vec::new, |old| distinct(keys(old))),
+        new.map_or_else(Vec::new, |new| distinct(keys(new))),
     );
     for key in &old_keys {
         match (old, new) {
@@ -478,6 +478,16 @@ fn move_claims<K: std::hash::Hash + Eq + Clone, T>(
             claims.begin(key, times.from, new.clone());
         }
     }
+}
+
+/// What a file says twice is claimed once. There are few.
+fn distinct<K: Eq>(mut keys: Vec<K>) -> Vec<K> {
+    for at in (0..keys.len()).rev() {
+        if keys[..at].contains(&keys[at]) {
+            keys.remove(at);
+        }
+    }
+    keys
 }
 
 #[cfg(test)]

@@ -464,6 +464,29 @@ fn a_service_that_went_is_known_a_while() {
     );
 }
 
+/// A file may have what an API server refuses.
+#[test]
+fn a_port_that_a_service_says_twice_is_claimed_once() {
+    let service = |ports: &str| {
+        object(&format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{namespace: db, name: pg}}\n\
+             spec: {{clusterIP: 10.96.0.12, ports: [{ports}]}}\n"
+        ))
+    };
+    let mut index = Index::default();
+    index.load([service("{port: 1}, {port: 1}")], NOW);
+    let key = service("{port: 1}").key().clone();
+    let change = [Change::Upsert(service("{port: 1}")), Change::Delete(key)];
+    let later = NOW + SignedDuration::from_secs(1);
+    for change in change {
+        index.apply(change, later);
+    }
+    let ip = "10.96.0.12".parse().unwrap();
+    let found = |at| index.service(ip, Some(1), Some(Protocol::TCP), at);
+    assert!(found(NOW).is_some());
+    assert_eq!(found(later), None);
+}
+
 #[test]
 fn what_is_deleted_leaves_nothing_but_tombstones() {
     let mut index = index();

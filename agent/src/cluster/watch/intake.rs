@@ -31,11 +31,24 @@ impl Cluster {
             Step::Changed(item) => _ = self.take(kind, item),
             Step::Gone(namespace, name) => {
                 let key = self.key(kind, &namespace, &name);
+                // Where the pods of this node alone are watched, one of its name may be on another by now.
+                if self.state.awaited.asks() && self.is_here(&key) == Some(false) {
+                    return;
+                }
                 self.state
                     .index_mut()
                     .apply(Change::Delete(key), Timestamp::now());
             }
         }
+    }
+
+    /// Whether a pod that is known is of this node.
+    fn is_here(&self, key: &Key) -> Option<bool> {
+        let index = self.state.index();
+        let pod = index
+            .pod_named(&key.namespace, &key.name)
+            .filter(|_| key.kind == ObjectKind::Pod)?;
+        Some(pod.node.as_deref() == Some(&*self.state.node))
     }
 
     fn key(&mut self, kind: ObjectKind, namespace: &str, name: &str) -> Key {
@@ -97,6 +110,10 @@ impl Cluster {
         }
         totals.found.fetch_add(1, Ordering::Relaxed);
         for pod in pods {
+            // The answer may be older than what the watch told meanwhile of a pod of that name.
+            if self.is_here(pod.key()) == Some(true) {
+                continue;
+            }
             self.lookups.keep(pod.key().clone());
             self.state.index_mut().load([pod], Timestamp::now());
         }

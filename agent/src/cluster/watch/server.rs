@@ -79,13 +79,19 @@ impl Server {
         let is_of_node = match reach {
             Reach::Node => true,
             Reach::Cluster => false,
-            // Who may not ask for it learns that from the watch.
-            Reach::Auto => pods.is_some_and(|pods| pods > MANY_PODS),
+            // Who may not ask for it learns that from the watch. A server that does not tell is not asked
+            // for all of them.
+            Reach::Auto => pods.is_none_or(|pods| pods > MANY_PODS),
         };
         let shown = match (is_of_node, pods) {
             (false, _) => url.clone(),
             (true, Some(pods)) => {
                 format!("{url}, pods of this node alone, because there are {pods}")
+            }
+            (true, None) if reach == Reach::Auto => {
+                format!(
+                    "{url}, pods of this node alone, because it does not tell how many there are"
+                )
             }
             (true, None) => format!("{url}, pods of this node alone"),
         };
