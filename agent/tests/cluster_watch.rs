@@ -1,11 +1,13 @@
 //! `--cluster` against a scripted API server: each fault that a server, a proxy or a network makes.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use serde_json::json;
 use whydrop::cluster::ObjectKind;
+use whydrop::cluster::watch::Reach;
+use whydrop::event::{Endpoint, EndpointKind};
 
 use crate::support::DEADLINE;
 use crate::support::follower::{
@@ -312,4 +314,49 @@ async fn a_list_that_fails_is_asked_for_ever_more_seldom() {
     // After pauses of 0.8, 1.6 and 3.2 s, and at most twice these: without a growing pause there are ten more.
     tokio::time::sleep(Duration::from_secs(8)).await;
     assert!(asked(&follower) <= 6, "{} times", asked(&follower));
+}
+
+/// It may be large, and busy with that.
+#[tokio::test]
+async fn of_a_server_that_does_not_say_how_many_pods_there_are_only_the_nodes_are_watched() {
+    let follower = Follower::reaching(Reach::Auto, |script| {
+        script.then("pods", "list", [Error(500)]);
+    })
+    .await;
+    follower
+        .until("pods are watched", |f| f.works("cluster-pods"))
+        .await;
+    let lists = follower.script.asked("pods", "list");
+    assert!(lists[0].contains("limit=1"), "{lists:?}");
+    assert!(lists[1].contains("spec.nodeName%3Dnode-a"), "{lists:?}");
+}
+
+/// A StatefulSet's pod came here from another node, which a cache of the API server has not seen.
+#[tokio::test]
+async fn a_late_answer_takes_no_pod_of_this_nodes_place() {
+    let mut elsewhere = pod("pg-0", "10.0.0.9", 3);
+    elsewhere["spec"]["nodeName"] = json!("node-b");
+    let follower = Follower::reaching(Reach::Node, |script| {
+        let here = list(&[pod("pg-0", "10.0.0.1", 4)], "5", None);
+        let answer = list(&[elsewhere], "5", None);
+        script.then("pods", "list", [here, answer]);
+    })
+    .await;
+    follower
+        .until("names can be awaited", |f| f.state.awaited.asks())
+        .await;
+    let asked = Endpoint {
+        ip: "10.0.0.9".parse().ok(),
+        kind: Some(EndpointKind::External),
+        ..Endpoint::default()
+    };
+    let found = |f: &Follower| f.state.lookups.found.load(Ordering::Relaxed);
+    follower
+        .until("it is answered", |f| {
+            f.state.awaited.awaits(&asked, false, Instant::now());
+            found(f) == 1
+        })
+        .await;
+    assert_eq!(follower.now("10.0.0.1").as_deref(), Some("pg-0"));
+    assert_eq!(follower.now("10.0.0.9"), None);
 }

@@ -16,7 +16,8 @@ use super::FastMap;
 pub const TOMBSTONE_TTL: SignedDuration = SignedDuration::from_mins(10);
 
 /// How many ended claims are kept: 100 pods a second that go, the most that a cluster is built to
-/// turn over, for 10 minutes. At some 200 bytes each this is 13 MB at worst.
+/// turn over, for 10 minutes; with two addresses each, for half of that. At some 200 bytes and the pod itself
+/// this is 30 MB at worst.
 pub const TOMBSTONES_MAX: usize = 65_536;
 
 /// For each key the claims of its owners, each from a time until it ended.

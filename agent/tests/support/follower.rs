@@ -186,11 +186,26 @@ impl Follower {
         Self::with(minor, Duration::from_secs(200), &["t"], script).await
     }
 
+    /// As `--watch` says which pods, with a server that lists in pages.
+    pub async fn reaching(reach: Reach, script: impl FnOnce(&Script)) -> Self {
+        Self::by("31", Duration::from_secs(200), &["t"], reach, script).await
+    }
+
     /// `tokens` are those of each reading of the configuration.
     pub async fn with(
         minor: &'static str,
         watch: Duration,
         tokens: &'static [&'static str],
+        script: impl FnOnce(&Script),
+    ) -> Self {
+        Self::by(minor, watch, tokens, Reach::Cluster, script).await
+    }
+
+    async fn by(
+        minor: &'static str,
+        watch: Duration,
+        tokens: &'static [&'static str],
+        reach: Reach,
         script: impl FnOnce(&Script),
     ) -> Self {
         let all = Arc::new(Script {
@@ -225,7 +240,7 @@ impl Follower {
         let run = watch::run(
             state.clone(),
             times,
-            Reach::Cluster,
+            reach,
             configuration,
             std::future::pending(),
         );

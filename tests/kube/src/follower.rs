@@ -100,7 +100,7 @@ impl Follower {
 
     /// What came of look-ups by address, by result.
     pub fn lookups(&self, result: &str) -> u64 {
-        let counts = self.state.lookups.counts();
+        let counts = self.state.lookups.counts(0);
         counts
             .iter()
             .find(|(r, _)| *r == result)
