@@ -248,7 +248,10 @@ impl Cluster {
                 Some(true) => self.begin(kind, &server, &mut watches),
                 // An earlier server had it, or more pods are there than it was watched for.
                 Some(false) => self.forget(kind),
-                None => self.kind(kind).health = Health::default(),
+                None => {
+                    let known = self.kind(kind);
+                    (known.health, known.listing) = (Health::default(), None);
+                }
             }
         }
         let mut housekeeping = tokio::time::interval(HOUSEKEEPING);
