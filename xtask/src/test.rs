@@ -5,6 +5,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
@@ -56,6 +57,14 @@ enum Outcome {
     Skipped(String),
 }
 
+/// A group that was run, or not.
+struct Ended {
+    group: String,
+    outcome: Outcome,
+    /// With what was built for it, and behind the labs with what was built ahead.
+    took: Duration,
+}
+
 /// Sets up, runs the groups and prints the table; fails if a group does.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let groups = args
@@ -80,17 +89,22 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .map(|group| {
             // These labs mostly wait; the groups behind them need half an hour of compiling.
             let ahead = (*group == Group::Netns).then(|| ahead::start(&needs(&groups, &found)));
+            let began = Instant::now();
             let outcome = outcome(*group, args, &found);
             if let Some(ahead) = ahead {
                 ahead.wait();
             }
-            (name(*group), outcome)
+            Ended {
+                group: name(*group),
+                outcome,
+                took: began.elapsed(),
+            }
         })
         .collect();
     print!("\n{}", table(&outcomes));
     let failed = outcomes
         .iter()
-        .any(|(_, outcome)| matches!(outcome, Outcome::Failed(_)));
+        .any(|ended| matches!(ended.outcome, Outcome::Failed(_)));
     Ok(if failed {
         ExitCode::FAILURE
     } else {
@@ -151,8 +165,9 @@ fn run_steps(steps: &[Step], found: &Found) -> Outcome {
             skipped.push(format!("without {name}: {reason}"));
             continue;
         }
+        let began = Instant::now();
         match step() {
-            Ok(()) => passed.push(name),
+            Ok(()) => passed.push(format!("{name} {} s", began.elapsed().as_secs())),
             Err(error) => {
                 eprintln!("xtask: {name}: {error:#}");
                 failed.push(name);
@@ -357,10 +372,15 @@ fn no_netns() -> Option<String> {
 }
 
 /// The table of groups. Its last line is alone and counts them.
-fn table(outcomes: &[(String, Outcome)]) -> String {
+fn table(outcomes: &[Ended]) -> String {
     let mut text = String::new();
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    for (group, outcome) in outcomes {
+    for Ended {
+        group,
+        outcome,
+        took,
+    } in outcomes
+    {
         let (word, why) = match outcome {
             Outcome::Passed(why) => {
                 passed += 1;
@@ -375,7 +395,7 @@ fn table(outcomes: &[(String, Outcome)]) -> String {
                 ("skipped", why)
             }
         };
-        text += &format!("{group:<8}{word:<9}{why}\n");
+        text += &format!("{group:<8}{word:<9}{:>4} s  {why}\n", took.as_secs());
     }
     text + &format!("\n{passed} passed, {failed} failed, {skipped} skipped\n")
 }
@@ -386,19 +406,25 @@ mod tests {
 
     #[test]
     fn the_table_ends_with_the_counts() {
+        let ended = |group: &str, outcome, seconds| Ended {
+            group: group.to_owned(),
+            outcome,
+            took: Duration::from_secs(seconds),
+        };
         let outcomes = [
-            ("unit".to_owned(), Outcome::Passed("tests".to_owned())),
-            (
-                "netns".to_owned(),
+            ended("unit", Outcome::Passed("tests".to_owned()), 1_234),
+            ended(
+                "netns",
                 Outcome::Failed("`cargo test` failed".to_owned()),
+                60,
             ),
-            ("vm".to_owned(), Outcome::Skipped("not root".to_owned())),
+            ended("vm", Outcome::Skipped("not root".to_owned()), 0),
         ];
         assert_eq!(
             table(&outcomes),
-            "unit    passed   tests\n\
-             netns   FAILED   `cargo test` failed\n\
-             vm      skipped  not root\n\
+            "unit    passed   1234 s  tests\n\
+             netns   FAILED     60 s  `cargo test` failed\n\
+             vm      skipped     0 s  not root\n\
              \n\
              1 passed, 1 failed, 1 skipped\n"
         );

@@ -54,6 +54,42 @@ struct Seen {
     together: u64,
 }
 
+/// What lines say of all datagrams that were sent, through a restart.
+#[derive(Debug)]
+struct Heard {
+    /// Those without a line of their own, one after the other.
+    missing: Vec<usize>,
+    /// How many of them have a line together.
+    together: u64,
+    /// When each datagram was dropped that has a line of its own, from the new agent.
+    by_new: Vec<Timestamp>,
+}
+
+impl Seen {
+    /// # Errors
+    /// Those without a line are not one gap with lines enough before and behind it.
+    fn split(&self, sent: usize) -> Result<Heard> {
+        let Self { single, together } = self;
+        let missing: Vec<_> = (0..sent).filter(|n| !single.contains_key(n)).collect();
+        let (first, last) = (missing.first(), missing.last());
+        let (first, last) = first.zip(last).context("the restart took no time at all")?;
+        ensure!(
+            last - first + 1 == missing.len(),
+            "lost while an agent stood: {missing:?} of {sent}"
+        );
+        ensure!(
+            *first >= ENOUGH && last + ENOUGH < sent,
+            "{missing:?} of {sent}"
+        );
+        let by_new = single.range(last + 1..).map(|(_, time)| *time).collect();
+        Ok(Heard {
+            missing,
+            together: *together,
+            by_new,
+        })
+    }
+}
+
 /// `whydrop tail` on the node, through one agent to the next.
 struct Tail {
     child: Child,
@@ -156,54 +192,29 @@ pub fn loses_nothing_that_it_saw(pods: &Pods<'_>) -> Result<()> {
         "the rule counted {counted} of {}",
         sent.len()
     );
-    let Seen { single, together } = tail.seen();
-    let missing: Vec<_> = (0..sent.len())
-        .filter(|number| !single.contains_key(number))
-        .collect();
-    let (first, last) = (missing.first(), missing.last());
-    let (first, last) = first.zip(last).context("the restart took no time at all")?;
-    ensure!(
-        last - first + 1 == missing.len(),
-        "lost while an agent stood: {missing:?} of {}",
-        sent.len()
-    );
-    ensure!(
-        *first >= ENOUGH && last + ENOUGH < sent.len(),
-        "{missing:?} of {}",
-        sent.len()
-    );
-    // The last of them were seen by an agent that had just started.
-    let unseen = u64::try_from(missing.len())?.checked_sub(together);
-    let unseen = unseen.with_context(|| format!("{together} of {missing:?}"))?;
+    let new = agent_pid(cluster)?;
+    ensure!(new != old, "the agent was not restarted");
+    let mut heard = None;
+    // A line for many is said a second after them, and may wait for names as long again.
+    until("each drop that the new agent counted has its line", || {
+        heard = Some(tail.seen().split(sent.len())?);
+        let heard = heard.as_ref().context("set above")?;
+        has_counted(cluster, heard.by_new.len() as u64 + heard.together)
+    })?;
+    let heard = heard.context("set above")?;
+    // The last of those without a line of their own were seen by an agent that had just started.
+    let unseen = u64::try_from(heard.missing.len())?.checked_sub(heard.together);
+    let unseen = unseen.with_context(|| format!("{heard:?}"))?;
     println!(
         "         of {} datagrams {unseen} were dropped while no agent stood",
         sent.len()
     );
 
-    // What the new agent has lines of, it counted: until the API server had told it whose the addresses are
-    // without the pod's name and the kind of its peer, where those of other labs are too.
-    let new = agent_pid(cluster)?;
-    ensure!(new != old, "the agent was not restarted");
-    let metrics = cluster.metrics()?;
-    let counted = |pod: &str| -> f64 {
-        let samples = metrics.iter().filter(|sample| {
-            sample.name == "whydrop_silent_drops_total"
-                && matches!(sample.label("source_kind"), "external" | "")
-                && sample.label("destination_pod") == pod
-                && sample.label("protocol") == "UDP"
-        });
-        samples.map(|sample| sample.value).sum()
-    };
-    let by_new: Vec<_> = single.range(last + 1..).map(|(_, time)| *time).collect();
-    let all = (by_new.len() as u64 + together) as f64;
-    let (named, nameless) = (counted("db-0"), counted(""));
-    ensure!(
-        named <= all && named + nameless >= all,
-        "{named} and {nameless} of {all}"
-    );
-
     let started = started_at(cluster, new)?;
-    let first_drop = *by_new.first().context("a drop that the new agent saw")?;
+    let first_drop = *heard
+        .by_new
+        .first()
+        .context("a drop that the new agent saw")?;
     let took = Duration::try_from(first_drop.duration_since(started))?;
     println!(
         "         {} ms from the agent's start to its first drop",
@@ -226,6 +237,7 @@ pub fn loses_nothing_that_it_saw(pods: &Pods<'_>) -> Result<()> {
         apart < Duration::from_secs(1),
         "observes since {since}, and saw a drop at {first_drop}"
     );
+    let metrics = cluster.metrics()?;
     let gauge = metrics
         .iter()
         .find(|s| s.name == "whydrop_observing_since_timestamp_seconds");
@@ -251,6 +263,27 @@ pub fn loses_nothing_that_it_saw(pods: &Pods<'_>) -> Result<()> {
     ensure!(
         since < first_request,
         "it asked at {first_request}, and observes since {since}"
+    );
+    Ok(())
+}
+
+/// Whether the agent's counters are the sum of its lines. Until the API server had told it whose the addresses
+/// are, they are without the pod's name and the kind of its peer, where those of other labs are too.
+fn has_counted(cluster: &Cluster, lines: u64) -> Result<()> {
+    let metrics = cluster.metrics()?;
+    let counted = |pod: &str| -> f64 {
+        let samples = metrics.iter().filter(|sample| {
+            sample.name == "whydrop_silent_drops_total"
+                && matches!(sample.label("source_kind"), "external" | "")
+                && sample.label("destination_pod") == pod
+                && sample.label("protocol") == "UDP"
+        });
+        samples.map(|sample| sample.value).sum()
+    };
+    let (lines, named, nameless) = (lines as f64, counted("db-0"), counted(""));
+    ensure!(
+        named <= lines && named + nameless >= lines,
+        "{named} and {nameless} counted, {lines} of lines"
     );
     Ok(())
 }
