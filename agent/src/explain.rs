@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use crate::cpu_time::cpu_time;
 use crate::event::{
     Confidence, DropSite, Endpoint, EndpointKind, Event, Explanation, Finding, Kind, LastChange,
     Outcome, Protocol,
@@ -31,7 +32,7 @@ pub mod worlds;
 const KNOWN: usize = 4_096;
 /// How long one is remembered: whether something is transient depends on when.
 const KNOWN_FOR: Duration = Duration::from_secs(10);
-/// Time for working out explanations, in each second: past it events go without.
+/// CPU time for working out explanations, in each second: past it events go without.
 const BUDGET: Duration = Duration::from_millis(50);
 
 /// Reasons of drops that an enforcer of policies makes: a netfilter rule, a program at tc, XDP or a
@@ -129,7 +130,7 @@ impl Explainer {
             self.state.denials.unexplained(event.packets);
             return None;
         }
-        let started = Instant::now();
+        let started = cpu_time();
         // Enforcers are outside of pods: a rule that drops inside one is its own.
         let is_inside_pod = |netns: u32| {
             let namespace = self.state.accept_queues.namespaces().get(netns);
@@ -150,7 +151,7 @@ impl Explainer {
             }
             explanation.last_change = change;
         }
-        self.spent.1 += started.elapsed();
+        self.spent.1 += cpu_time().saturating_sub(started);
         self.computed += 1;
         if self.known.len() >= KNOWN {
             self.known.clear();

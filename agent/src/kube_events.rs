@@ -21,8 +21,8 @@ use serde_json::json;
 
 use self::series::{AllSeries, Answer, Post, Subject};
 use crate::cluster::watch::causes;
-use crate::event::Line;
-use crate::output::stream::Range;
+use crate::event::{Line, LostStage};
+use crate::output::stream::{Range, Reader};
 use crate::selection::Selection;
 use crate::source::hooks::SourceStatus;
 use crate::state::State;
@@ -41,7 +41,7 @@ pub const REASON: &str = "SilentDrop";
 const TICK: Duration = Duration::from_millis(500);
 /// A request that takes longer has failed.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Between two attempts to get a client.
+/// Between two attempts to read the stream.
 const RETRY: Duration = Duration::from_secs(30);
 
 /// What came of telling drops.
@@ -77,17 +77,22 @@ pub async fn run<F>(
     F: Future<Output = Result<Config, String>>,
 {
     let report = async {
+        // Both outlive a client: what is to be told waits for the next one.
+        let mut reader = reader(&state).await;
+        let mut series = AllSeries::new(state.node.clone(), times, Instant::now());
+        // Until a request shows that it is not.
+        say(&state, None);
         loop {
             let client = match configuration().await {
                 Ok(config) => Client::try_from(config).map_err(|error| causes(&error)),
                 Err(why) => Err(why),
             };
             let why = match client {
-                Ok(client) => report(&state, times, &client).await,
+                Ok(client) => report(&state, &client, &mut reader, &mut series).await,
                 Err(why) => why,
             };
             say(&state, Some(why));
-            tokio::time::sleep(RETRY).await;
+            tokio::time::sleep(times.client).await;
         }
     };
     tokio::select! {
@@ -96,22 +101,32 @@ pub async fn run<F>(
     }
 }
 
-/// Until a client with other credentials is needed, and why.
-async fn report(state: &State, times: Times, client: &Client) -> String {
+/// Reads the stream from now on. While it has too many readers that is tried again.
+async fn reader(state: &State) -> Reader {
     let range = Range {
         follow: true,
         last: None,
         since: None,
     };
-    let mut reader = match state.stream.read(range, Selection::default()) {
-        Ok(reader) => reader,
-        Err(error) => return error.to_string(),
-    };
-    let mut series = AllSeries::new(state.node.clone(), times, Instant::now());
+    loop {
+        match state.stream.read(range, Selection::default()) {
+            Ok(reader) => return reader,
+            Err(error) => say(state, Some(error.to_string())),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Until a client with other credentials is needed, and why.
+async fn report(
+    state: &State,
+    client: &Client,
+    reader: &mut Reader,
+    series: &mut AllSeries,
+) -> String {
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let totals = &state.kube_events;
-    say(state, None);
     loop {
         tokio::select! {
             lines = reader.next() => {
@@ -120,11 +135,13 @@ async fn report(state: &State, times: Times, client: &Client) -> String {
                 };
                 let now = Instant::now();
                 for line in lines {
-                    let has_room = match &*line {
-                        Line::Event(event) => series.note(event, now),
-                        Line::Lost(_) => false,
+                    let limited = match &*line {
+                        Line::Event(event) => u64::from(!series.note(event, now)),
+                        // What this reader was too slow for: it tells packets and not lines, one at least.
+                        // Other stages never had lines of it.
+                        Line::Lost(lost) => u64::from(lost.stage == LostStage::Reader),
                     };
-                    totals.limited.fetch_add(u64::from(!has_room), Ordering::Relaxed);
+                    totals.limited.fetch_add(limited, Ordering::Relaxed);
                 }
             }
             _ = tick.tick() => {
@@ -138,6 +155,10 @@ async fn report(state: &State, times: Times, client: &Client) -> String {
                     Post::Update { subject, .. } => (subject.clone(), false),
                 };
                 let result = tokio::time::timeout(TIMEOUT, make(state, client, post)).await;
+                let is_refused = matches!(
+                    &result,
+                    Ok(Err(kube::Error::Api(status))) if status.code == 401
+                );
                 let answer = match result {
                     Ok(Ok(answer)) => {
                         say(state, None);
@@ -147,9 +168,6 @@ async fn report(state: &State, times: Times, client: &Client) -> String {
                         let (answer, why) = failure(&subject, is_new, &error);
                         if let Some(why) = why {
                             say(state, Some(why));
-                        }
-                        if matches!(&error, kube::Error::Api(status) if status.code == 401) {
-                            return "the API server does not accept the credentials".to_owned();
                         }
                         answer
                     }
@@ -168,6 +186,9 @@ async fn report(state: &State, times: Times, client: &Client) -> String {
                     total.fetch_add(1, Ordering::Relaxed);
                 }
                 series.answered(&subject, answer, Instant::now());
+                if is_refused {
+                    return "the API server does not accept the credentials".to_owned();
+                }
             }
         }
     }

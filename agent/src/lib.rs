@@ -27,6 +27,7 @@ pub mod awaited;
 pub mod cli;
 pub mod cluster;
 pub mod connections;
+pub mod cpu_time;
 pub mod decode;
 pub mod enrich;
 pub mod event;

@@ -17,14 +17,16 @@ use whydrop::event::Line;
 
 use crate::lab::{Lab, enter};
 use crate::objects;
+use crate::patience::within;
 use crate::scrape;
 pub use crate::scrape::Sample;
 
 /// Until the agent must be ready: it reads the kernel's BTF and has its programs verified, on a
 /// machine where other tests do the same.
-const START: Duration = Duration::from_secs(20);
-/// Within which it must end on SIGTERM.
-pub const STOP: Duration = Duration::from_secs(2);
+const START: Duration = Duration::from_secs(60);
+/// Within which it must end on SIGTERM. The kernel detaches its programs, and waits for every task that was
+/// running meanwhile.
+const STOP: Duration = Duration::from_secs(2);
 /// How often something is asked again until its deadline.
 pub const POLL: Duration = Duration::from_millis(20);
 
@@ -387,7 +389,8 @@ impl Agent {
     ) -> Result<ExitStatus> {
         kill(Pid::from_raw(self.child.id().try_into()?), signal)
             .with_context(|| format!("send {signal} to the agent"))?;
-        let deadline = Instant::now() + STOP;
+        let stop = within(STOP);
+        let deadline = Instant::now() + stop;
         loop {
             if let Some(status) = self.child.try_wait()? {
                 look()?;
@@ -395,7 +398,7 @@ impl Agent {
             }
             ensure!(
                 Instant::now() < deadline,
-                "the agent still runs {STOP:?} after {signal}; its log:\n{}",
+                "the agent still runs {stop:?} after {signal}; its log:\n{}",
                 self.log()
             );
             std::thread::sleep(POLL);

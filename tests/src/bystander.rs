@@ -16,7 +16,7 @@ const PORT: u16 = 80;
 /// Between two rounds, so that the machine is left to the test.
 const PAUSE: Duration = Duration::from_millis(2);
 /// How long an echo may take before the round has failed.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Whether the pair opens connections or only uses those it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

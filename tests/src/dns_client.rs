@@ -214,8 +214,8 @@ mod tests {
         let (connected, unconnected) = lab.within(Host::Client, || -> Result<_> {
             Ok((Client::connected(from, at)?, Client::unconnected(from)?))
         })?;
-        let until = Instant::now() + Duration::from_secs(5);
-        connected.ask(None, 1, "delay300-a.test", A)?;
+        let until = Instant::now() + Duration::from_secs(30);
+        connected.ask(None, 1, "delay2000-a.test", A)?;
         connected.ask(None, 2, "rcode3-b.test", AAAA)?;
         connected.ask(None, 3, "ignore-c.test", A)?;
         let answer = |id, rcode, cut| Heard::Answer {

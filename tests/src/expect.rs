@@ -13,7 +13,7 @@ use crate::lab::{Family, Host, Lab, Place};
 use crate::traffic;
 
 /// Until a drop must be on `/metrics` and in the stream.
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Drops of one pair with one fate.
 #[derive(Clone, Debug)]

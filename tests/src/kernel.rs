@@ -13,7 +13,7 @@ use crate::agent::POLL;
 use crate::lab::command;
 
 /// The kernel frees maps and programs after a grace period, on a machine with other work.
-const DEADLINE: Duration = Duration::from_secs(5);
+const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Ids of what one process holds. Each is given once: an id that is gone does not come back.
 #[derive(Debug)]

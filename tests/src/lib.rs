@@ -30,6 +30,7 @@
 //! | [`expect`](mod@expect) | what the agent must show for a lab, and nothing else |
 //! | [`unanswered`] | what it must say of attempts that nobody answered |
 //! | [`tallies`] | what it counts of a workload's connects and DNS |
+//! | [`patience`] | how late all that may be |
 //!
 //! An agent sees the whole node, so also the drops of tests that run at the same time. Every lab
 //! therefore has addresses of its own, and what is checked is checked by pair. A test on node-wide
@@ -50,6 +51,7 @@ pub mod listeners;
 pub mod memory;
 pub mod objects;
 pub mod packet;
+pub mod patience;
 pub mod place;
 pub mod port;
 pub mod queries;

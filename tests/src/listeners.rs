@@ -16,7 +16,7 @@ use crate::lab::{Host, Lab};
 use crate::sockets::{LISTEN, sockets};
 
 /// Until something that nobody holds up must have happened.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A listener whose accept queue is full: whoever connects gets no answer, and no drop shows it.
 pub struct FullListener {

@@ -9,6 +9,7 @@ use crate::dns_client::{Client, Heard};
 use crate::dns_server::{A, AAAA};
 use crate::kernel;
 use crate::lab::{Host, Lab};
+use crate::patience;
 use crate::unanswered::Unanswered;
 
 /// The port of DNS.
@@ -16,7 +17,24 @@ pub const DNS: u16 = 53;
 /// Queries of each sort.
 pub const EACH: u16 = 4;
 /// Until an answer that comes must be there.
-pub const PATIENCE: Duration = Duration::from_secs(3);
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The timeout of agents beside servers that answer: where the machine stands still now and then long enough
+/// that their answers are in time.
+pub fn timeout() -> Duration {
+    match patience::is_strict() {
+        true => Duration::from_millis(800),
+        false => Duration::from_secs(3),
+    }
+}
+
+/// The same as an argument.
+pub fn timeout_argument() -> &'static str {
+    match patience::is_strict() {
+        true => "800ms",
+        false => "3s",
+    }
+}
 
 /// Ids of queries, by what becomes of them: a thousand from each of these.
 pub mod id {

@@ -9,7 +9,7 @@ use crate::agent::{Agent, POLL, Sample};
 use crate::lab::Lab;
 
 /// Until a count must be on `/metrics`.
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// How the connects of a workload of the lab ended, by `whydrop_connects_total`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -16,6 +16,7 @@ use whydrop::source::conntrack::{LocalTuples, Setup, Source, Totals, Tuple};
 
 use crate::agent::POLL;
 use crate::lab::{Family, Host, Lab, Place};
+use crate::patience::within;
 use crate::{packet, traffic};
 
 /// Of the source. A SYN is sent again after 1 s, in the midst of it.
@@ -25,9 +26,11 @@ pub const DNS_TIMEOUT: Duration = Duration::from_millis(1_000);
 /// Between two dumps.
 pub const PERIOD: Duration = Duration::from_millis(500);
 /// What the other work of the machine may take.
-pub const SLACK: Duration = Duration::from_millis(500);
+pub fn slack() -> Duration {
+    within(Duration::from_millis(500))
+}
 /// For what must come.
-pub const PATIENCE: Duration = Duration::from_secs(15);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// At the server: for a listener.
 pub const OPEN: u16 = 80;
@@ -161,7 +164,8 @@ impl Watch {
                 Err(mpsc::error::TryRecvError::Disconnected)
             )
         })?;
-        ensure!(asked.elapsed() < Duration::from_secs(1), "it ends late");
+        let late = within(Duration::from_secs(1));
+        ensure!(asked.elapsed() < late, "it ends late");
         ensure!(!self.source.status().up, "it is said to be up");
         Ok(())
     }

@@ -23,7 +23,7 @@ on_both_families!(by_address);
 
 const PORT: u16 = 80;
 /// Until a loss is on `/metrics`: a scan, a reading, and what a busy machine takes.
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(60);
 /// Connects that find a queue full.
 const CONNECTS: usize = 12;
 
@@ -239,8 +239,11 @@ fn by_cgroup_in_a_namespace_that_comes_and_goes() -> Result<()> {
             .context("put a process into the pod's cgroup")?;
         let at = (std::net::Ipv4Addr::LOCALHOST, PORT).into();
         let listener = traffic::deaf_listener(at, 0)?;
+        // As in `fill`.
+        ensure!(traffic::connects(at, 1) == 1);
+        ensure!(traffic::has_arrived(&listener, DEADLINE)?);
         // The agent looks once in three seconds: most of these come before it knows.
-        traffic::connects(at, CONNECTS);
+        ensure!(traffic::connects(at, CONNECTS) == 0);
         let lost = since(&Snmp::here()?, &Snmp::default());
         ensure!(lost.0 > 5, "{lost:?}");
         Ok((process, listener, lost))

@@ -197,12 +197,9 @@ fn ends(family: Family) -> Result<()> {
     let lost = at(port::FORWARD);
 
     // Given up before the timeout: closed, shut down by another thread, its process killed.
-    let closed = open(&scene, &[port::FORWARD], Options::default())?;
-    let blocked = lab.within(client, || Blocked::open(lost))?;
-    let hanging = Hanging::start(lab, client, lost)?;
-    drop(closed);
-    let stays = blocked.give_up()?;
-    hanging.kill()?;
+    drop(open(&scene, &[port::FORWARD], Options::default())?);
+    let stays = lab.within(client, || Blocked::open(lost))?.give_up()?;
+    Hanging::start(lab, client, lost)?.kill()?;
     let abandoned = EACH as u64 + if stays.is_some() { 1 } else { 2 };
     let results_so_far = Results {
         abandoned,

@@ -96,12 +96,12 @@ fn unanswered_is_found_in_time_and_once(family: Family) -> Result<()> {
             "too early: {took:?} {attempt:?}"
         );
         ensure!(
-            took <= timeout + PERIOD + NOTED_WITHIN + SLACK,
+            took <= timeout + PERIOD + NOTED_WITHIN + slack(),
             "too late: {took:?} {attempt:?}"
         );
         let late = attempt.since.duration_since(before);
         ensure!(
-            !late.is_negative() && late <= SignedDuration::try_from(PERIOD + SLACK)?,
+            !late.is_negative() && late <= SignedDuration::try_from(PERIOD + slack())?,
             "since {late:?}: {attempt:?}"
         );
         ensure!(attempt.sent >= 1, "{attempt:?}");
@@ -204,15 +204,19 @@ fn what_is_counted_elsewhere_is_not_reported(family: Family) -> Result<()> {
     let seen = Instant::now();
     wait_for("the timeout", || seen.elapsed() >= SYN_TIMEOUT)?;
     lock(&watch.local).insert(noted, Instant::now());
+    // Where this thread stood still, it came too late.
+    let in_time = seen.elapsed() < SYN_TIMEOUT + NOTED_WITHIN / 2;
     wait_for("both are decided", || {
         let totals = watch.totals();
         totals.local + totals.not_foreign + totals.reported == 2
     })?;
     let totals = watch.totals();
+    let decided = (totals.local, totals.not_foreign, totals.reported);
     ensure!(
-        (totals.local, totals.not_foreign, totals.reported) == (1, 1, 0),
+        decided == (1, 1, 0) || (!in_time && decided == (0, 1, 1)),
         "{totals:?}"
     );
+    watch.take(usize::from(decided.2 == 1))?;
 
     // Where one could not be noted, nobody can tell.
     let now = Instant::now();
@@ -255,7 +259,7 @@ fn what_died_unanswered_is_reported_if_asked_for(family: Family) -> Result<()> {
     );
     let took = *at - sent;
     ensure!(
-        took >= SYN_TIMEOUT && took <= SYN_TIMEOUT + PERIOD + NOTED_WITHIN + SLACK,
+        took >= SYN_TIMEOUT && took <= SYN_TIMEOUT + PERIOD + NOTED_WITHIN + slack(),
         "{took:?}"
     );
     // Its entry is gone, and so no dump is made; the next one shows that nothing comes twice.
@@ -293,23 +297,26 @@ fn timestamps_are_used_where_there_are_any() -> Result<()> {
     lab.sysctl(Host::Router, "net/netfilter/nf_conntrack_timestamp", "1")?;
     lab.sysctl(Host::Router, "net/netfilter/nf_conntrack_acct", "1")?;
     let mut watch = Watch::up(&lab, |_| {})?;
-    let (before, sent) = (Timestamp::now(), Instant::now());
     let client = lab.address(Place::Of(Host::Client), Family::V4);
     let query = lab.within(Host::Client, || UdpSocket::bind((client, 0)))?;
+    let (before, sent) = (Timestamp::now(), Instant::now());
     for _ in 0..3 {
         query.send_to(b"x", lab.socket(Place::Of(Host::Server), Family::V4, DNS))?;
     }
+    let after = Timestamp::now();
     let found = watch.take(1)?;
     let (at, attempt) = &found[0];
-    let since = attempt.since.duration_since(before);
+    // Both clocks are read one after the other.
+    let apart = SignedDuration::from_millis(100);
     ensure!(
-        since.as_millis().abs() < 100,
-        "since {since:?}: {attempt:?}"
+        (before - apart..=after + apart).contains(&attempt.since),
+        "{before} to {after}: {attempt:?}"
     );
     ensure!(attempt.sent == 3, "{attempt:?}");
     let took = *at - sent;
+    let period = watch.totals().period.max(PERIOD);
     ensure!(
-        took >= DNS_TIMEOUT && took < DNS_TIMEOUT + NOTED_WITHIN + SLACK,
+        took >= DNS_TIMEOUT && took < DNS_TIMEOUT + period + NOTED_WITHIN + slack(),
         "{took:?}"
     );
     watch.stop()

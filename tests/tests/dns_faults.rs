@@ -2,7 +2,7 @@
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use whydrop_tests::agent::POLL;
@@ -11,7 +11,7 @@ use whydrop_tests::dns_server::{A, NOERROR, Server, framed};
 use whydrop_tests::lab::{Family, Host, Place};
 use whydrop_tests::on_both_families;
 use whydrop_tests::packet::dns_query;
-use whydrop_tests::queries::{DNS, PATIENCE, Sockets, all_answered};
+use whydrop_tests::queries::{DNS, PATIENCE, Sockets, all_answered, timeout, timeout_argument};
 use whydrop_tests::scene::Scene;
 use whydrop_tests::tallies::{self, Dns};
 use whydrop_tests::unanswered::{self, Unanswered, timeouts};
@@ -24,13 +24,9 @@ on_both_families!(
     from_port_53
 );
 
-/// The agent's timeout.
-const TIMEOUT: Duration = Duration::from_millis(800);
-const TIMEOUT_ARGUMENT: &str = "800ms";
-
 /// A scene with a DNS server at the server.
 fn scene(family: Family) -> Result<(Scene, Server)> {
-    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), |_| Ok(()))?;
+    let scene = Scene::with_arguments(family, &timeouts(timeout_argument()), |_| Ok(()))?;
     let at = scene.lab.socket(Place::Of(Host::Server), family, DNS);
     let server = Server::start(&scene.lab, Host::Server, at)?;
     Ok((scene, server))
@@ -141,7 +137,7 @@ impl Beside {
         self.answered += good.len() as u64;
         for one in self.sockets.ask(first + 10, "ignore")? {
             let unanswered = one.unanswered(DNS).packets(1..=1);
-            self.wanted.push(unanswered.hangs(one.since, TIMEOUT));
+            self.wanted.push(unanswered.hangs(one.since, timeout()));
         }
         Ok(())
     }
@@ -235,7 +231,7 @@ impl Drop for Impostor<'_> {
 
 /// What looks like an answer and is none: another id, from another port, the query itself.
 fn no_answers(family: Family) -> Result<()> {
-    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), |_| Ok(()))?;
+    let scene = Scene::with_arguments(family, &timeouts(timeout_argument()), |_| Ok(()))?;
     let (lab, agent) = (&scene.lab, scene.agent());
     let to = server_end(&scene);
     let (real, other) = lab.within(Host::Server, || -> Result<_> {
@@ -285,7 +281,7 @@ fn no_answers(family: Family) -> Result<()> {
             let since = Instant::now();
             client.ask(Some(to), id, "who.lab.test", A)?;
             let one = Unanswered::query(client.from, id, "who.lab.test", DNS);
-            wanted.push(one.packets(1..=1).hangs(since, TIMEOUT));
+            wanted.push(one.packets(1..=1).hangs(since, timeout()));
         }
         let heard = client.socket();
         heard.set_read_timeout(Some(PATIENCE))?;
@@ -329,7 +325,7 @@ fn odd_queries(family: Family) -> Result<()> {
     ] {
         let since = Instant::now();
         client.ask(None, id, name, kind)?;
-        wanted.push(Unanswered::query(client.from, id, name, DNS).hangs(since, TIMEOUT));
+        wanted.push(Unanswered::query(client.from, id, name, DNS).hangs(since, timeout()));
     }
     // Bytes that a terminal would obey, in a name that the server does not know.
     let mut bytes = dns_query(6, "ignore.x[31m.lab.test", A);
@@ -342,14 +338,14 @@ fn odd_queries(family: Family) -> Result<()> {
     let since = Instant::now();
     client.socket().send(&bytes)?;
     let shown = "ignore.\\027[31m.lab.test";
-    wanted.push(Unanswered::query(client.from, 6, shown, DNS).hangs(since, TIMEOUT));
+    wanted.push(Unanswered::query(client.from, 6, shown, DNS).hangs(since, timeout()));
     // An additional record (EDNS) behind the question.
     let mut bytes = dns_query(7, "ignore.lab.test", A);
     bytes[11] = 1;
     bytes.extend([0, 0, 41, 0x04, 0xd0, 0, 0, 0, 0, 0, 0]);
     let since = Instant::now();
     client.socket().send(&bytes)?;
-    wanted.push(Unanswered::query(client.from, 7, "ignore.lab.test", DNS).hangs(since, TIMEOUT));
+    wanted.push(Unanswered::query(client.from, 7, "ignore.lab.test", DNS).hangs(since, timeout()));
     unanswered::expect(lab, agent, &wanted)?;
     tallies::dns(lab, agent, "client", &Dns::of(wanted.len() as u64, &[]))?;
     scene.finish()
@@ -368,7 +364,7 @@ fn from_port_53(family: Family) -> Result<()> {
     let since = Instant::now();
     client.ask(Some(to), 2, "ignore.lab.test", A)?;
     let one = Unanswered::query(from, 2, "ignore.lab.test", DNS);
-    unanswered::expect(lab, agent, &[one.packets(1..=1).hangs(since, TIMEOUT)])?;
+    unanswered::expect(lab, agent, &[one.packets(1..=1).hangs(since, timeout())])?;
     tallies::dns(lab, agent, "client", &Dns::of(2, &[("NOERROR", 1)]))?;
     scene.finish()
 }

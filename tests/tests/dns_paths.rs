@@ -2,7 +2,7 @@
 //! server has another address and port than the one that is asked.
 
 use std::net::SocketAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use whydrop_tests::agent::POLL;
@@ -10,7 +10,9 @@ use whydrop_tests::dns_client::Heard;
 use whydrop_tests::dns_server::{A, NOERROR, Server};
 use whydrop_tests::lab::{Family, Host, Place};
 use whydrop_tests::on_both_families;
-use whydrop_tests::queries::{DNS, EACH, PATIENCE, Sockets, all_answered, id, rules};
+use whydrop_tests::queries::{
+    DNS, EACH, PATIENCE, Sockets, all_answered, id, rules, timeout, timeout_argument,
+};
 use whydrop_tests::scene::Scene;
 use whydrop_tests::tallies::{self, Dns};
 use whydrop_tests::unanswered::{self, Unanswered, timeouts};
@@ -24,15 +26,12 @@ on_both_families!(
 );
 
 const REASON: &[&str] = &["NETFILTER_DROP"];
-/// The agent's timeout.
-const TIMEOUT: Duration = Duration::from_millis(800);
-const TIMEOUT_ARGUMENT: &str = "800ms";
 /// Where the server of a Service listens.
 const REAL: u16 = 5353;
 
 /// A resolver at any address of a host, asked from an address of the client.
 fn near(family: Family, host: Host, at: &str, from: Option<&str>) -> Result<()> {
-    let scene = Scene::with_arguments(family, &timeouts(TIMEOUT_ARGUMENT), |lab| {
+    let scene = Scene::with_arguments(family, &timeouts(timeout_argument()), |lab| {
         rules(lab, DNS)?;
         let (length, option) = family.pick((32, ""), (128, "nodad"));
         let line = format!("ip addr replace {at}/{length} dev lo {option}");
@@ -51,7 +50,7 @@ fn near(family: Family, host: Host, at: &str, from: Option<&str>) -> Result<()> 
     let mut wanted = Vec::new();
     for (first, habit) in [(id::FREE + 100, "ignore"), (id::BACK_INPUT, "b")] {
         for one in sockets.ask(first, habit)? {
-            let unanswered = one.unanswered(DNS).to_any().hangs(one.since, TIMEOUT);
+            let unanswered = one.unanswered(DNS).to_any().hangs(one.since, timeout());
             wanted.push(match first {
                 id::BACK_INPUT => unanswered.reason(REASON),
                 _ => unanswered,
@@ -92,7 +91,7 @@ fn service_scene(
     };
     let scene = build(
         family,
-        &timeouts(TIMEOUT_ARGUMENT),
+        &timeouts(timeout_argument()),
         &ports,
         |lab: &whydrop_tests::lab::Lab| {
             rules(lab, REAL)?;
@@ -140,7 +139,7 @@ fn service(
     ] {
         for one in sockets.ask(first, habit)? {
             let unanswered = one.unanswered(REAL).service("server").reason(REASON);
-            wanted.push(unanswered.packets(1..=1).hangs(one.since, TIMEOUT));
+            wanted.push(unanswered.packets(1..=1).hangs(one.since, timeout()));
         }
     }
     // On a socket of its own, as an error is an answer to all that waits on one.
@@ -183,7 +182,7 @@ fn service_of_its_own(family: Family) -> Result<()> {
             .iter()
             .map(|one| {
                 let unanswered = one.unanswered(REAL).service("server");
-                unanswered.packets(1..=1).hangs(one.since, TIMEOUT)
+                unanswered.packets(1..=1).hangs(one.since, timeout())
             })
             .collect())
     })
@@ -198,7 +197,7 @@ fn elsewhere_behind_a_service(family: Family) -> Result<()> {
         .iter()
         .map(|one| {
             let unanswered = one.unanswered(REAL).service("server");
-            unanswered.packets(1..=1).hangs(one.since, TIMEOUT)
+            unanswered.packets(1..=1).hangs(one.since, timeout())
         })
         .collect();
     unanswered::expect(&scene.lab, scene.agent(), &wanted)?;

@@ -18,7 +18,7 @@ use whydrop_tests::lab::{Family, Host, Lab, Place, TC_SHOT, mac_bytes};
 use whydrop_tests::{objects, packet, traffic};
 
 /// Until a process that has nothing to wait for must have ended, on a machine with other work.
-const END: Duration = Duration::from_secs(10);
+const END: Duration = Duration::from_secs(60);
 
 /// Waits for a process, which is killed if it does not end: exit code and what it wrote to stderr.
 fn ended(mut child: Child) -> Result<(Option<i32>, String)> {

@@ -8,7 +8,7 @@ use whydrop_tests::lab::{Family, Host, Lab, Place};
 use whydrop_tests::{objects, traffic};
 
 /// Until a drop must be on `/metrics`.
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(60);
 const PACKETS: u64 = 40;
 
 /// Client and client2 become two pods of one Deployment.

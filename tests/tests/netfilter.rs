@@ -59,7 +59,8 @@ fn nft_drop(family: Family, host: Host, hook: &str) -> Result<()> {
     }
     let udp = counters::nft(&scene.lab, host, "datagrams")?;
     let tcp = counters::nft(&scene.lab, host, "syns")?;
-    ensure!((udp, tcp) == (30, 3), "nft counted {udp} and {tcp}");
+    // Another SYN where the test was late to give up.
+    ensure!(udp == 30 && tcp >= 3, "nft counted {udp} and {tcp}");
     scene.expect(&[
         Row::dropped("client", "server", udp)
             .protocol("UDP")
@@ -97,7 +98,7 @@ fn nft_output(family: Family) -> Result<()> {
     ensure!(scene.connect() == Connect::Silent);
     let udp = counters::nft(&scene.lab, Host::Client, "datagrams")?;
     let tcp = counters::nft(&scene.lab, Host::Client, "syns")?;
-    ensure!((udp, tcp) == (30, 1), "nft counted {udp} and {tcp}");
+    ensure!(udp == 30 && tcp >= 1, "nft counted {udp} and {tcp}");
     scene.expect(&[
         Row::rejected("client", "server", udp)
             .protocol("UDP")
@@ -272,13 +273,13 @@ fn iptables_drop(family: Family, kind: &str, places: &[&'static str]) -> Result<
         "FORWARD",
         "DROP",
     )?;
-    ensure!(all == 31, "{} counted {all}", tool(kind, family));
+    ensure!(all >= 31, "{} counted {all}", tool(kind, family));
     scene.expect(&[
-        Row::dropped("client", "server", all - 1)
+        Row::dropped("client", "server", 30)
             .protocol("UDP")
             .reason(&REASON)
             .at(places),
-        Row::dropped("client", "server", 1)
+        Row::dropped("client", "server", all - 30)
             .syn()
             .reason(&REASON)
             .at(places),

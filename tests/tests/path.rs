@@ -36,7 +36,7 @@ fn tc(family: Family, towards: Host, direction: &str, reason: &'static str) -> R
     scene.udp(30)?;
     ensure!(scene.connect() == Connect::Silent);
     let all = counters::tc_drops(&scene.lab, Host::Router, &device)?;
-    ensure!(all == 31, "clsact counted {all}");
+    ensure!(all >= 31, "clsact counted {all}");
     let places = [
         "__netif_receive_skb_core",
         "sch_handle_ingress",
@@ -48,7 +48,7 @@ fn tc(family: Family, towards: Host, direction: &str, reason: &'static str) -> R
             .protocol("UDP")
             .reason(&[reason])
             .at(&places),
-        Row::dropped("client", "server", 1)
+        Row::dropped("client", "server", all - 30)
             .syn()
             .reason(&[reason])
             .at(&places),
@@ -83,12 +83,12 @@ fn nft_netdev(family: Family, hook: &str, towards: Host) -> Result<()> {
     scene.udp(30)?;
     ensure!(scene.connect() == Connect::Silent);
     let all = counters::nft(&scene.lab, Host::Router, "hits")?;
-    ensure!(all == 31, "nft counted {all}");
+    ensure!(all >= 31, "nft counted {all}");
     scene.expect(&[
         Row::dropped("client", "server", 30)
             .protocol("UDP")
             .reason(&["NETFILTER_DROP"]),
-        Row::dropped("client", "server", 1)
+        Row::dropped("client", "server", all - 30)
             .syn()
             .reason(&["NETFILTER_DROP"]),
     ])
@@ -415,11 +415,11 @@ fn vxlan_underlay(family: Family) -> Result<()> {
         ensure!(connected == Connect::Silent, "{connected:?}");
     }
     let all = counters::nft(&scene.lab, Host::Router, "hits")?;
-    ensure!(all == 32, "nft counted {all}");
+    ensure!(all >= 32, "nft counted {all}");
     let row = |row: Row| row.reason(&["NETFILTER_DROP"]);
     scene.expect(&[
-        row(Row::dropped("inner-client", "inner-server", all - 2).protocol("UDP")),
-        row(Row::dropped("inner-client", "inner-server", 2).syn()),
+        row(Row::dropped("inner-client", "inner-server", 30).protocol("UDP")),
+        row(Row::dropped("inner-client", "inner-server", all - 30).syn()),
     ])
 }
 

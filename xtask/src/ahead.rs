@@ -1,4 +1,5 @@
-//! What later groups need and what takes long to build, built while the labs run, which mostly wait.
+//! What later groups need and what takes long to build, built while the first ones run, in what they leave of the
+//! machine.
 
 use std::{
     env,

@@ -61,7 +61,7 @@ enum Outcome {
 struct Ended {
     group: String,
     outcome: Outcome,
-    /// With what was built for it, and behind the labs with what was built ahead.
+    /// With what was built for it, and of the first one behind the labs with the rest of what was built ahead.
     took: Duration,
 }
 
@@ -84,16 +84,19 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         found = found.with_prometheus();
     }
     found.ready_to_build()?;
+    // Compilers wait for one another at times, tests and labs mostly: the groups behind them need half an hour of
+    // compiling.
+    let mut ahead = (groups.len() > 1).then(|| ahead::start(&needs(&groups, &found)));
     let outcomes: Vec<_> = groups
         .iter()
         .map(|group| {
-            // These labs mostly wait; the groups behind them need half an hour of compiling.
-            let ahead = (*group == Group::Netns).then(|| ahead::start(&needs(&groups, &found)));
             let began = Instant::now();
-            let outcome = outcome(*group, args, &found);
-            if let Some(ahead) = ahead {
+            if !matches!(group, Group::Unit | Group::Netns)
+                && let Some(ahead) = ahead.take()
+            {
                 ahead.wait();
             }
+            let outcome = outcome(*group, args, &found);
             Ended {
                 group: name(*group),
                 outcome,
@@ -303,9 +306,9 @@ fn kubernetes(found: &Found) -> Outcome {
     if let Some(reason) = found.lacks(Need::Lab).or_else(no_netns) {
         return Outcome::Skipped(reason);
     }
-    let has_assets = setup::variable("KUBEBUILDER_ASSETS").is_some();
-    let lacks_programs = found.lacks(Need::Kube).filter(|_| !has_assets);
-    if let Some(reason) = lacks_programs
+    // Go is needed beside `KUBEBUILDER_ASSETS` too, for the tiers and a Prometheus that finds pods.
+    if let Some(reason) = found
+        .lacks(Need::Kube)
         .or_else(|| found.lacks(Need::Node))
         .or_else(|| found.lacks(Need::Prometheus))
     {

@@ -44,6 +44,8 @@ use crate::source::sys;
 use crate::state::{MapStatus, ProgramStatus, State};
 use crate::sync::lock;
 
+/// Changes of `--objects` that are applied at once, so that nobody who names drops waits for all of a large file.
+const APPLIED: usize = 1_000;
 /// Generations that wait for the pipeline. The drain thread blocks at the third, and the kernel map
 /// keeps counting meanwhile: nothing is lost by a slow pipeline.
 const DRAINED_QUEUE: usize = 2;
@@ -136,8 +138,14 @@ async fn serve(args: AgentArgs) -> Result<()> {
         async move {
             let apply = |changes: Vec<_>| {
                 let now = Timestamp::now();
-                for change in changes {
-                    state.index_mut().apply(change, now);
+                let mut changes = changes.into_iter();
+                // Of an address that changes hands nobody sees the moment between. Not all at once: who names
+                // drops waits meanwhile.
+                while changes.len() > 0 {
+                    let mut index = state.index_mut();
+                    for change in changes.by_ref().take(APPLIED) {
+                        index.apply(change, now);
+                    }
                 }
             };
             let stopped = async move { drop(stopped.wait_for(|stop| *stop).await) };

@@ -50,7 +50,8 @@ pub struct Agents {
     selector: String,
     /// Which lines are wanted, and by `--node-name` which agents are asked.
     selection: Selection,
-    timeout: Duration,
+    /// How long a request may take.
+    pub timeout: Duration,
     opening: Arc<Semaphore>,
 }
 

@@ -22,6 +22,7 @@ use crate::pipeline::{Conntrack, RealDestination};
 use crate::record::listen::Lost;
 use crate::source::accept_queues::{Counts, Settled};
 use crate::source::conntrack::{self, LocalTuples, Lookup, Source, Tuple};
+use crate::source::hooks::SourceStatus;
 use crate::source::load::Options;
 use crate::source::namespaces::Namespace;
 use crate::source::sys;
@@ -92,6 +93,7 @@ pub fn watch_cluster(
         .build()
         .context("cannot start the cluster's runtime")?;
     let (state, stopped) = (state.clone(), stopped.clone());
+    let state_there = state.clone();
     let follow = async move {
         if cluster == Cluster::Auto && !kube_watch::is_configured().await {
             tracing::info!("no kubeconfig and no ServiceAccount: without a cluster");
@@ -114,7 +116,20 @@ pub fn watch_cluster(
     std::thread::Builder::new()
         .name("cluster".to_owned())
         // A task and not the runtime's own future: before each turn of that one it asks the kernel for news.
-        .spawn(move || runtime.block_on(runtime.spawn(follow)))
+        .spawn(move || {
+            if let Err(error) = runtime.block_on(runtime.spawn(follow)) {
+                tracing::error!(%error, "the cluster is not followed any more");
+                state_there.set_source(SourceStatus {
+                    source: kube_watch::SOURCE,
+                    up: false,
+                    hook: None,
+                    why: Some(format!(
+                        "following it ended by a fault of whydrop ({error}); restart the agent"
+                    )),
+                    lost: Some(kube_watch::LOST),
+                });
+            }
+        })
         .context("cannot start following the cluster")?;
     Ok(())
 }

@@ -210,6 +210,15 @@ impl Index {
                 false => pod.ips.iter().copied().map(address).collect(),
             }
         });
+        if let Some((old, new)) = old.zip(new)
+            && same
+            && ends_with_its_first_address(old, new)
+        {
+            for ip in distinct(new.ips.iter().copied().map(address).collect()) {
+                self.pods.begin(ip, from, new.clone());
+                self.pods.end(&ip, new, seen.at);
+            }
+        }
         move_claims(&mut self.host_ports, old, new, times, |pod| {
             let node = pod.node.as_ref();
             let node = node.filter(|_| pod.host_network && !pod.ended);
@@ -424,6 +433,12 @@ fn same_pod(old: &Pod, new: &Pod) -> bool {
         (Some(old), Some(new)) => old == new,
         _ => old.started == new.started,
     }
+}
+
+/// Whether a pod's addresses and its end are told at once, as of a Job's pod that ends before its kubelet tells
+/// of it a second time. It had them until then.
+fn ends_with_its_first_address(old: &Pod, new: &Pod) -> bool {
+    old.ips.is_empty() && !old.ended && new.ended && !new.host_network
 }
 
 /// When claims begin and end.

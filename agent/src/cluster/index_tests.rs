@@ -338,6 +338,43 @@ fn a_pod_that_ended_holds_nothing_from_when_that_was_seen() {
     assert!(!index.pod_exists(&"shop".into(), &"b".into()));
 }
 
+/// As of a Job's pod that ends within a second.
+#[test]
+fn a_pod_whose_address_is_told_with_its_end_held_it_until_then() {
+    let mut index = Index::default();
+    let uid = Some(UidHash::of("u-1"));
+    let waiting = Pod {
+        uid,
+        ..pod("a", &[], None)
+    };
+    let ended = Pod {
+        uid,
+        ended: true,
+        ..pod("a", &["10.0.0.1", "fd00::1"], Some(at(101)))
+    };
+    index.apply(upsert(waiting), at(100));
+    index.apply(upsert(ended.clone()), at(103));
+    // Told once more, as by a list, it does not hold them longer.
+    index.apply(
+        upsert(Pod {
+            labels: [("a".into(), "b".into())].into(),
+            ..ended.clone()
+        }),
+        at(110),
+    );
+    for ip in ["10.0.0.1", "fd00::1"] {
+        let names = [100, 101, 102, 103, 111].map(|t| pod_at(&index, ip, at(t)));
+        assert_eq!(
+            names,
+            [None, Some("a".into()), Some("a".into()), None, None]
+        );
+    }
+    // Of one that nobody saw alive nothing is known but that it is over.
+    let mut index = Index::default();
+    index.apply(upsert(ended), at(103));
+    assert_eq!(pod_at(&index, "10.0.0.1", at(102)), None);
+}
+
 #[test]
 fn pods_without_a_start_time_hold_since_they_were_seen_or_always() {
     let mut index = Index::default();
@@ -544,7 +581,8 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Default)]
 struct Oracle {
     claims: Vec<(usize, usize, i64, Option<i64>)>,
-    alive: HashMap<usize, (Option<i64>, Vec<usize>)>,
+    /// Start, addresses, and whether it ended.
+    alive: HashMap<usize, (Option<i64>, Vec<usize>, bool)>,
 }
 
 impl Oracle {
@@ -557,16 +595,25 @@ impl Oracle {
                 ended,
             } => {
                 let started = started_ago.map(|ago| now - ago);
-                let ips = if *ended { vec![] } else { ips.clone() };
-                (*pod, Some((started, ips)))
+                (*pod, Some((started, ips.clone(), *ended)))
             }
             Step::Delete { pod } => (*pod, None),
         };
         let old = self.alive.remove(&pod);
         let same = matches!((&old, &new), (Some(old), Some(new)) if old.0 == new.0);
-        let has = |state: &Option<(Option<i64>, Vec<usize>)>, ip| {
-            state.as_ref().is_some_and(|(_, ips)| ips.contains(&ip))
+        let has = |state: &Option<(Option<i64>, Vec<usize>, bool)>, ip| {
+            state
+                .as_ref()
+                .is_some_and(|(_, ips, ended)| !ended && ips.contains(&ip))
         };
+        if let (Some((_, before, false)), Some((started, ips, true))) = (&old, &new)
+            && same
+            && before.is_empty()
+        {
+            let from = started.unwrap_or(now).min(now);
+            let held = ips.iter().map(|ip| (pod, *ip, from, Some(now)));
+            self.claims.extend(held);
+        }
         for ip in 0..3 {
             let keeps = same && has(&old, ip) && has(&new, ip);
             if has(&old, ip) && !keeps {
@@ -575,7 +622,7 @@ impl Oracle {
                 claim.next().unwrap().3 = Some(now);
             }
             if has(&new, ip) && !keeps {
-                let started = new.as_ref().and_then(|(started, _)| *started);
+                let started = new.as_ref().and_then(|(started, ..)| *started);
                 self.claims
                     .push((pod, ip, started.unwrap_or(now).min(now), None));
             }

@@ -83,6 +83,8 @@ const NAMING: [ObjectKind; 3] = [ObjectKind::Node, ObjectKind::Service, ObjectKi
 
 /// The source's name; each kind has one of its own beside it.
 pub const SOURCE: &str = "cluster";
+/// What is lost while it is down.
+pub const LOST: &str = "names are as they were when the API server was last reached";
 
 /// Objects in a page of a list. Some 5 MB of a large cluster's pods, which are read one by one.
 const PAGE: u32 = 500;
@@ -439,13 +441,12 @@ impl Cluster {
     }
 
     fn say(&self, up: bool, hook: Option<String>, why: Option<String>) {
-        let lost = "names are as they were when the API server was last reached";
         self.state.set_source(SourceStatus {
             source: SOURCE,
             up,
             hook,
             why,
-            lost: (!up).then_some(lost),
+            lost: (!up).then_some(LOST),
         });
     }
 }

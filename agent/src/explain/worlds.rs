@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 
 use crate::cluster::Index;
+use crate::cpu_time::timed;
 use crate::policy::world::World;
 use crate::sync::lock;
 
@@ -48,15 +49,14 @@ impl Worlds {
                 return (seen.world.clone(), seen.time);
             }
         }
-        let started = Instant::now();
-        let world = Arc::new(World::new(index.objects()));
+        let (world, took) = timed(|| Arc::new(World::new(index.objects())));
         let time = Timestamp::now();
         *last = Some(Seen {
             revision,
             world: world.clone(),
             time,
             taken: now,
-            took: started.elapsed(),
+            took,
             used: now,
         });
         (world, time)

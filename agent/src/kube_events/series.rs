@@ -31,6 +31,8 @@ pub struct Times {
     pub next_update: Duration,
     /// Before what failed is tried again.
     pub again: Duration,
+    /// Between two attempts to get a client.
+    pub client: Duration,
 }
 
 impl Default for Times {
@@ -39,6 +41,7 @@ impl Default for Times {
             first_update: Duration::from_secs(60),
             next_update: Duration::from_secs(300),
             again: Duration::from_secs(30),
+            client: Duration::from_secs(30),
         }
     }
 }

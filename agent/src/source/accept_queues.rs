@@ -16,11 +16,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use nix::time::{ClockId, clock_gettime};
-
 use super::load::SourceStatus;
 use super::namespaces::reader::Reader;
 use super::namespaces::{Namespace, Namespaces, Scan, Scanner};
+use crate::cpu_time::timed;
 use crate::sync::lock;
 
 /// Its name in `/v1/status` and `whydrop_source_up`.
@@ -482,16 +481,6 @@ fn left_out(scan: &Scan) -> Option<String> {
 /// The pause until the next reading, after so many failures in a row.
 fn pause_after(failures: u32) -> Duration {
     (READ_EVERY * 2_u32.saturating_pow(failures)).min(MAX_PAUSE)
-}
-
-/// What something comes to, and the CPU time of this thread that it takes.
-fn timed<T>(run: impl FnOnce() -> T) -> (T, Duration) {
-    // Where the kernel does not tell it seems to take none.
-    let now =
-        || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from);
-    let before = now();
-    let result = run();
-    (result, now().saturating_sub(before))
 }
 
 #[cfg(test)]

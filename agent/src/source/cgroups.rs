@@ -17,6 +17,7 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use super::load::SourceStatus;
 use crate::cluster::PodUid;
+use crate::cpu_time::cpu_time;
 
 /// Its name in `/v1/status` and `whydrop_source_up`.
 pub const SOURCE: &str = "pod_cgroups";
@@ -73,7 +74,7 @@ pub struct Walk {
     pub left_out: usize,
     /// Directories that could not be read.
     pub errors: usize,
-    /// How long it took.
+    /// How much CPU time it took.
     pub took: Duration,
 }
 
@@ -132,7 +133,7 @@ impl Cgroups {
         let Ok(root) = self.root.clone() else {
             return;
         };
-        let started = Instant::now();
+        let started = cpu_time();
         let mut walk = Walk::default();
         if let Ok(root) = fs::metadata(&root) {
             self.remember(root.ino(), None, now);
@@ -174,7 +175,7 @@ impl Cgroups {
             let gone = now.saturating_duration_since(known.seen);
             gone.is_zero() || (!is_full && gone < GONE_TTL)
         });
-        walk.took = started.elapsed();
+        walk.took = cpu_time().saturating_sub(started);
         self.walk_at = Some(now + WALK_EVERY.max(walk.took * SHARE));
         self.last = walk;
         tracing::debug!(?walk, "cgroups were walked");
@@ -287,7 +288,7 @@ mod tests {
             Some(UID)
         );
         // An id that nobody has makes one walk in its time.
-        let later = start + due + Duration::from_secs(60);
+        let later = start + due + Duration::from_secs(3_600);
         assert_eq!(cgroups.pod_uid_at(u64::MAX, later), None);
         let walked = cgroups.walk_at;
         let soon = later + UNKNOWN_TTL - Duration::from_millis(1);
@@ -309,6 +310,8 @@ mod tests {
         fs::remove_dir(root.join(path)).unwrap();
         let walk_at = |cgroups: &mut Cgroups, after: Duration| {
             cgroups.unknown.clear();
+            // However long the last walk took.
+            cgroups.walk_at = None;
             assert_eq!(cgroups.pod_uid_at(u64::MAX, start + after), None);
         };
         walk_at(&mut cgroups, GONE_TTL - Duration::from_secs(1));

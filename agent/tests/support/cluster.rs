@@ -207,13 +207,12 @@ impl Cluster {
         self.log("MODIFIED", object);
     }
 
-    /// Deletes an agent's pod; what runs in it ends.
-    pub fn delete(&self, node: &str) {
+    /// Deletes an agent's pod; what runs in it goes on until it is cut.
+    pub fn forget(&self, node: &str) {
         let name = format!("whydrop-{node}");
         let object = self.shared.objects.lock().unwrap().remove(&name).unwrap();
         self.shared.pods.lock().unwrap().remove(&name);
         self.log("DELETED", object);
-        self.cut(node);
     }
 
     fn log(&self, kind: &str, mut object: Value) {
@@ -433,7 +432,10 @@ impl Session {
                 "message": format!("command terminated with non-zero exit code: {code}"),
                 "details": {"causes": [{"reason": "ExitCode", "message": code.to_string()}]}}),
         };
-        self.send(3, status.to_string().as_bytes()).await;
+        // Whoever hears of it may open the next one at once.
+        drop(self.opened);
+        let message = [&[3], status.to_string().as_bytes()].concat();
+        drop(self.socket.send(Message::binary(message)).await);
         drop(self.socket.close(None).await);
     }
 

@@ -50,9 +50,15 @@ impl Agent {
     }
 
     pub fn start_as(node: &str, dir: tempfile::TempDir) -> Self {
+        Self::start_with(node, dir, |_| {})
+    }
+
+    /// With something that is done before anybody can ask it.
+    pub fn start_with(node: &str, dir: tempfile::TempDir, prepare: impl FnOnce(&State)) -> Self {
         let record = Record::new(Detail::Pod, 100, DEADLINE);
         let senders = Senders::new(Detail::Pod, 100, Duration::from_secs(60));
         let state = Arc::new(State::new(node.into(), record, senders));
+        prepare(&state);
         let (stop, stopped) = watch::channel(false);
         let (ready, started) = std::sync::mpsc::channel();
         let path = dir.path().join("agent.sock");
@@ -192,6 +198,16 @@ impl Tail {
             status.is_some()
         });
         status.unwrap()
+    }
+
+    /// The first line on stderr, and what comes behind it until it is killed, now.
+    pub fn first_sentence(&mut self) -> (String, String) {
+        let mut stderr = BufReader::new(self.child.stderr.take().unwrap());
+        let (mut first, mut rest) = (String::new(), String::new());
+        stderr.read_line(&mut first).unwrap();
+        self.child.kill().unwrap();
+        stderr.read_to_string(&mut rest).unwrap();
+        (first, rest)
     }
 
     pub fn stderr(&mut self) -> String {

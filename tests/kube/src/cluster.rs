@@ -86,8 +86,8 @@ impl Cluster {
             lab,
         };
         let name = format!("node/{}", cluster.lab.node());
-        cluster.kubectl(&["wait", "--for=create", &name, "--timeout=60s"])?;
-        cluster.kubectl(&["wait", "--for=condition=Ready", &name, "--timeout=60s"])?;
+        cluster.kubectl(&["wait", "--for=create", &name, "--timeout=120s"])?;
+        cluster.kubectl(&["wait", "--for=condition=Ready", &name, "--timeout=120s"])?;
         Ok(cluster)
     }
 

@@ -1,13 +1,13 @@
 //! Silent drops as Kubernetes Events of a real API server.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Event as CoreEvent;
 use k8s_openapi::api::events::v1::Event as KubeEvent;
 use kube::api::{ListParams, ObjectList};
-use kube::{Api, Client};
-use serde_json::json;
+use kube::{Api, Client, Config};
+use serde_json::{Value, json};
 use whydrop::event::{Event, Line};
 use whydrop::kube_events;
 use whydrop::record::{Detail, Record};
@@ -31,18 +31,21 @@ impl Drop for Teller {
 
 impl Teller {
     async fn start(server: &Server, user: User) -> Self {
+        let config = server.config(user).await.unwrap();
+        Self::with(move || config.clone()).await
+    }
+
+    /// With what the configuration is each time that it is asked for.
+    async fn with(configuration: impl Fn() -> Config + Send + Sync + 'static) -> Self {
         let hour = Duration::from_secs(3_600);
         let record = Record::new(Detail::Pod, 100, hour);
         let senders = Senders::new(Detail::Pod, 100, hour);
         let state = Arc::new(State::new("node-a".into(), record, senders));
-        let config = server.config(user).await.unwrap();
-        let configuration = move || {
-            let config = config.clone();
-            async move { Ok(config) }
-        };
+        let configuration = move || std::future::ready(Ok(configuration()));
         let times = kube_events::Times {
             first_update: Duration::from_secs(4),
             again: Duration::from_secs(2),
+            client: Duration::from_millis(500),
             ..kube_events::Times::default()
         };
         let run = kube_events::run(state.clone(), times, configuration, std::future::pending());
@@ -52,6 +55,14 @@ impl Teller {
             .until("reading", |state| state.stream.readers() == 1)
             .await;
         teller
+    }
+
+    /// What is said of the source.
+    fn status(&self) -> Value {
+        let status = self.state.status();
+        let sources = status["sources"].as_array().unwrap().iter();
+        let mut of = sources.filter(|source| source["source"] == kube_events::SOURCE);
+        of.next().cloned().unwrap_or_default()
     }
 
     async fn until(&self, what: &str, is_so: impl Fn(&State) -> bool) {
@@ -154,12 +165,7 @@ async fn without_the_right_it_says_which() {
     teller
         .until("refused", |_| teller.count("failed") == 1)
         .await;
-    let status = teller.state.status();
-    let sources = status["sources"].as_array().unwrap();
-    let source = sources
-        .iter()
-        .find(|source| source["source"] == kube_events::SOURCE)
-        .unwrap();
+    let source = teller.status();
     assert_eq!(source["up"], false);
     let why = source["why"].as_str().unwrap();
     assert!(
@@ -182,6 +188,37 @@ async fn without_the_right_it_says_which() {
         .await;
     let told = events_of(&client).await;
     assert_eq!(told.series.as_ref().map(|series| series.count), Some(8));
+}
+
+/// What is to be told while no credentials are accepted is told with the next ones.
+#[tokio::test]
+async fn refused_credentials_lose_nothing() {
+    let server = Server::start().await.unwrap();
+    let client = server.client(User::Admin).await.unwrap();
+    create(&client, &namespace("shop")).await.unwrap();
+    let web = pod("shop", "web", "node-a", "10.1.0.7");
+    create(&client, &web).await.unwrap();
+    let token = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(token.path(), "expired").unwrap();
+    let expired = server.config_by_token(token.path()).await.unwrap();
+    let config = Arc::new(Mutex::new(expired));
+    let asked = config.clone();
+    let teller = Teller::with(move || asked.lock().unwrap().clone()).await;
+    for _ in 0..3 {
+        teller.publish("pg-0");
+    }
+    let why = "the API server does not accept the credentials";
+    teller
+        .until("refused", |_| teller.status()["why"] == why)
+        .await;
+    assert_eq!(teller.count("failed"), 1);
+    teller.publish("pg-0");
+    *config.lock().unwrap() = server.config(User::Admin).await.unwrap();
+    teller.until("told", |_| teller.count("updated") == 1).await;
+    let told = events_of(&client).await;
+    assert_eq!(told.series.map(|series| series.count), Some(16));
+    assert_eq!(teller.status()["up"], true);
+    assert_eq!(teller.count("limited"), 0);
 }
 
 async fn events_of(client: &Client) -> KubeEvent {

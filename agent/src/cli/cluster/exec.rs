@@ -29,6 +29,9 @@ const MAX_OUTPUT_BYTES: usize = 4 << 20;
 /// An API server that is busy is asked again this often.
 const TRIES: u32 = 3;
 const BUSY_PAUSE: Duration = Duration::from_millis(500);
+/// An answer that has an end is there within this many times what a request may take: what an agent keeps are
+/// some MB. Else one that says a little now and then would be waited for without end.
+const WHOLE: u32 = 4;
 /// clap's exit code for what it does not know.
 const USAGE: i32 = 2;
 
@@ -60,6 +63,9 @@ pub enum ExecError {
     /// Nothing comes.
     #[error("{}", does_not_answer(*.0))]
     Silent(Duration),
+    /// It goes on and on.
+    #[error("its answer did not end within {} s", .0.as_secs())]
+    Endless(Duration),
     /// The whydrop there does not understand the whydrop here.
     #[error(
         "its whydrop does not know what it is asked ({0}): is it of another version than {VERSION}?"
@@ -167,17 +173,34 @@ impl Agents {
     pub async fn run(&self, agent: &Agent, arguments: &[String]) -> Result<String, ExecError> {
         let mut exec = self.exec(agent, arguments).await?;
         let mut all = String::new();
-        loop {
-            let Some(lines) = self.lines(&mut exec).await? else {
-                return Ok(all);
-            };
-            all.extend(lines.into_iter().map(|line| line + "\n"));
-            if all.len() > MAX_OUTPUT_BYTES {
-                let why = format!("it printed more than {MAX_OUTPUT_BYTES} bytes; is it whydrop?");
-                return Err(ExecError::Failed(why));
+        let whole = async {
+            while let Some(lines) = self.lines(&mut exec).await? {
+                all.extend(lines.into_iter().map(|line| line + "\n"));
+                if all.len() > MAX_OUTPUT_BYTES {
+                    let why =
+                        format!("it printed more than {MAX_OUTPUT_BYTES} bytes; is it whydrop?");
+                    return Err(ExecError::Failed(why));
+                }
             }
-        }
+            Ok(())
+        };
+        within(self.timeout, whole).await?;
+        Ok(all)
     }
+}
+
+/// An answer as a whole, of which each piece comes within `patience`.
+///
+/// # Errors
+/// Its own, or it takes [`WHOLE`] times as long.
+pub async fn within(
+    patience: Duration,
+    answer: impl Future<Output = Result<(), ExecError>>,
+) -> Result<(), ExecError> {
+    let limit = patience.saturating_mul(WHOLE);
+    timeout(limit, answer)
+        .await
+        .unwrap_or(Err(ExecError::Endless(limit)))
 }
 
 fn is_busy(error: &kube::Error) -> bool {

@@ -30,7 +30,8 @@ use crate::output::query::Since;
 /// Pieces of lines, of 16 KiB each, between the nodes and the output. When they wait, the nodes' connections
 /// are not read.
 const UPDATES: usize = 64;
-/// How long a node may keep what comes from being followed, while it is asked for what was before.
+/// How long a node that is asked for what was before may say nothing: what comes is not followed meanwhile. In
+/// all it is some times that.
 const HISTORY: Duration = Duration::from_secs(5);
 /// Lines that are written in one step.
 const WRITTEN: usize = 1024;
@@ -354,10 +355,10 @@ impl Following {
             Update::Away(error) if error.is_refused() => self.refused.tell(&error),
             Update::Away(error) => {
                 match followed.state {
-                    State::Away => {}
                     _ if error.is_final() => {
                         say(format_args!("the agent on {name} is left out: {error}"));
                     }
+                    State::Away => {}
                     State::Connected => {
                         say(format_args!(
                             "the agent on {name} went away ({error}); waiting for it"

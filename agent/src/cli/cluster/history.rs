@@ -9,7 +9,7 @@ use tokio::time::{Duration, timeout};
 
 use super::agents::Agent;
 use super::arguments::{self, Part};
-use super::exec::{Exec, ExecError};
+use super::exec::{Exec, ExecError, within};
 use super::merge::{COLLECTED, Item, Newest};
 use super::node::{NodeLines, lost};
 use super::{Agents, OPENING};
@@ -25,8 +25,8 @@ pub struct History {
     pub failures: Vec<(Agent, ExecError)>,
 }
 
-/// Asks all agents, some at once, for what they keep; one that says nothing for longer than `patience` is
-/// left out.
+/// Asks all agents, some at once, for what they keep; one that says nothing for longer than `patience`, or has
+/// no end, is left out.
 ///
 /// # Errors
 /// If the account is refused.
@@ -44,7 +44,10 @@ pub async fn collect(
             let mut lines = NodeLines::new(&agent.node);
             let opened = timeout(patience, agents.exec(agent, arguments)).await;
             let result = match opened {
-                Ok(Ok(exec)) => read(exec, patience, &mut lines, newest).await,
+                Ok(Ok(exec)) => {
+                    let read = read(exec, patience, &mut lines, newest);
+                    within(patience, read).await
+                }
                 Ok(Err(error)) => Err(error),
                 Err(_) => Err(ExecError::Silent(patience)),
             };

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use nix::poll::{PollFd, PollFlags, poll};
-use nix::time::{ClockId, clock_gettime};
 use tokio::sync::mpsc;
 
 use super::handle::{Shared, State, Totals};
@@ -18,6 +17,7 @@ use super::tuple::{Tuple, Zone};
 use super::waiting::{Due, Known, Times, Waiting, kind};
 use super::wire::{Answer, Entry};
 use super::{Destroy, Error, Setup};
+use crate::cpu_time::cpu_time;
 use crate::decode::Flow;
 use crate::decode::attempt::Attempt;
 use crate::event::{Kind, Protocol};
@@ -430,12 +430,6 @@ impl Drop for Ended {
     fn drop(&mut self) {
         lock(&self.0).state = State::Ended;
     }
-}
-
-/// CPU time of this thread.
-fn cpu_time() -> Duration {
-    // The clock exists on every Linux.
-    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
 
 /// Nanoseconds of Unix time, as conntrack's timestamps are.

@@ -9,8 +9,8 @@ use whydrop_kube_tests::cluster::{Cluster, until};
 
 /// The source that works by kprobes, which not every kernel allows.
 const NEEDS_KPROBES: &str = "conntrack_deaths";
-/// How long the series of a pod stay after it.
-pub const SERIES_TTL_SECONDS: u64 = 5;
+/// How long the series of a pod stay after it, and those of an address without a name, which are compared.
+pub const SERIES_TTL_SECONDS: u64 = 20;
 /// The bits of linux/capability.h.
 const CAPABILITIES: [(&str, u32); 5] = [
     ("NET_ADMIN", 12),

@@ -1,5 +1,7 @@
 //! Real pods that lose packets to rules of the node, and what the agent makes of it.
 
+use std::ops::RangeInclusive;
+
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use whydrop::event::Line;
@@ -19,8 +21,8 @@ const NFT_PORT: u16 = 7001;
 const IPTABLES_PORT: u16 = 7002;
 /// Dropped by nft on its way out of the node itself.
 const OUTPUT_PORT: u16 = 7003;
-/// Dropped by nft, and sent to from outside the cluster.
-pub const OUTSIDE_PORT: u16 = 7004;
+/// Dropped by nft, and sent to from outside the cluster. Below those that the kernel chooses from.
+pub const OUTSIDE_PORTS: RangeInclusive<u16> = 20_000..=29_999;
 /// Connects of each sender.
 const CONNECTS: usize = 5;
 
@@ -97,12 +99,14 @@ impl<'a> Pods<'a> {
                    counter outside {{ }}
                    chain f {{ type filter hook forward priority 0;
                      tcp dport {NFT_PORT} counter name forwarded drop
-                     udp dport {OUTSIDE_PORT} counter name outside drop
+                     udp dport {}-{} counter name outside drop
                    }}
                    chain o {{ type filter hook output priority 0;
                      tcp dport {OUTPUT_PORT} counter name sent drop
                    }}
-                 }}"
+                 }}",
+                OUTSIDE_PORTS.start(),
+                OUTSIDE_PORTS.end(),
             ),
         )?;
         let rule = format!("-A FORWARD -p tcp --dport {IPTABLES_PORT} -j DROP");
@@ -134,14 +138,15 @@ impl<'a> Pods<'a> {
         });
         let service = create(client, &service).await?["spec"]["clusterIP"].clone();
         // Ends, and is started again, when a file is there.
-        let until_told = "until [ -e /end ]; do busybox sleep 0.1; done";
+        // A little later: who tells it is a process of the container too.
+        let until_told = "until [ -e /end ]; do busybox sleep 0.1; done; busybox sleep 1";
         let host = json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": NAMESPACE, "name": "host"},
             "spec": pod_spec(&["busybox", "sh", "-c", until_told], true),
         });
         create(client, &host).await?;
         for what in ["deployment/web", "statefulset/db"] {
-            let status = ["rollout", "status", what, "--timeout=60s"];
+            let status = ["rollout", "status", what, "--timeout=120s"];
             cluster.kubectl(&[&["--namespace", NAMESPACE], &status[..]].concat())?;
         }
         let db = cluster.get(NAMESPACE, "pod/db-0")?["status"]["podIP"].clone();
@@ -156,10 +161,10 @@ impl<'a> Pods<'a> {
             ensure!(known >= 4.0, "it knows {known}");
             Ok(())
         })?;
-        // A Job's pod does its work and ends. Not at once: of a pod that ends before its kubelet has told its
-        // address nobody knows whose it was.
+        // A Job's pod does its work and ends. Not before its kubelet has told its address: what is dropped long
+        // before that has no name.
         let work = connects(&db, IPTABLES_PORT, 1);
-        let work = format!("busybox sleep 3; {work}; busybox sleep 2");
+        let work = format!("until [ -e /go ]; do busybox sleep 0.1; done; {work}; busybox sleep 2");
         let job = pod_spec(&["busybox", "sh", "-c", &work], false);
         let once = json!({"backoffLimit": 0});
         let mut job = workload("Job", "batch", &once, job);
@@ -174,7 +179,12 @@ impl<'a> Pods<'a> {
         };
         pods.is_in("pod/host", "condition=Ready")?;
         pods.web = pods.pod_of("web")?;
-        pods.batch = pods.pod_of("batch")?;
+        until("the Job has its pod, and that its address", || {
+            pods.batch = pods.pod_of("batch")?;
+            let pod = cluster.get(NAMESPACE, &format!("pod/{}", pods.batch))?;
+            ensure!(pod["status"]["podIP"].is_string(), "{}", pod["status"]);
+            pods.shell(&pods.batch, "busybox touch /go").map(drop)
+        })?;
         Ok(pods)
     }
 
@@ -186,7 +196,7 @@ impl<'a> Pods<'a> {
             "wait",
             what,
             &condition,
-            "--timeout=60s",
+            "--timeout=120s",
         ];
         self.cluster.kubectl(&wait).map(drop)
     }

@@ -6,7 +6,7 @@ use tokio::sync::mpsc;
 
 use super::seen::SeenBy;
 use crate::cli::cluster::agents::Agent;
-use crate::cli::cluster::exec::ExecError;
+use crate::cli::cluster::exec::{ExecError, within};
 use crate::cli::cluster::{Agents, OPENING, arguments};
 use crate::connections::Summary;
 
@@ -65,11 +65,14 @@ async fn ask(
     sender: mpsc::Sender<(String, Vec<String>)>,
 ) -> Result<(), ExecError> {
     let mut exec = agents.exec(agent, &arguments::connections()).await?;
-    while let Some(lines) = agents.lines(&mut exec).await? {
-        // Nobody takes them any more: the reason is told there.
-        if sender.send((agent.node.clone(), lines)).await.is_err() {
-            break;
+    let whole = async {
+        while let Some(lines) = agents.lines(&mut exec).await? {
+            // Nobody takes them any more: the reason is told there.
+            if sender.send((agent.node.clone(), lines)).await.is_err() {
+                break;
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    };
+    within(agents.timeout, whole).await
 }
