@@ -14,9 +14,11 @@ fn main() -> Result<()> {
         let mut build = Command::new(std::env::current_exe()?);
         build.env("RUSTC_BOOTSTRAP", "1");
         // The programs are the same in whatever build of the agent: checked, tested, released. What they
-        // are made of is built once for all of them, beside these builds. The tag is cargo's own.
-        let mut above = Path::new(&out).ancestors();
-        if let Some(target) = above.find(|folder| folder.join("CACHEDIR.TAG").is_file()) {
+        // are made of is built once for all of them, beside these builds. Cargo's own tag marks the target folder,
+        // and in it that of a target that was asked for by name.
+        let is_marked = |folder: &&Path| folder.join("CACHEDIR.TAG").is_file();
+        let above = Path::new(&out).ancestors().skip_while(|f| !is_marked(f));
+        if let Some(target) = above.take_while(is_marked).last() {
             build.env("CARGO_BUILD_BUILD_DIR", target.join("ebpf"));
         }
         let status = build.status().context("could not start the eBPF build")?;
