@@ -265,7 +265,8 @@ pub unsafe fn told<const TYPED: bool>(sk: *const u8) {
 fn is_answered(key: &QueryKey, query: &Query, tuple: &Tuple, now: u64) -> bool {
     ANSWERED.get_ptr(key).is_some_and(|answered| {
         let answered = unsafe { &*answered };
-        now - answered.answered_ns < ASKED_AT_ONCE_NS
+        // Another CPU may have seen the answer after `now` was read.
+        now < answered.answered_ns + ASKED_AT_ONCE_NS
             && answered.server != tuple.destination
             && answered.hash == hash(query)
     })
@@ -453,6 +454,10 @@ fn answered(skb: u64, netns: u32, work: &Work) -> u32 {
         query.answered_ns = now;
     } else if QUERIES.remove(&key).is_ok() {
         waiting(u64::MAX);
+    } else {
+        // Another server's answer took it out at this moment on another CPU, or the agent did.
+        at_hand.answered_skb = 0;
+        return 0;
     }
     tally::add(&at_hand.answered_tally, 1, latency_ns)
 }

@@ -80,16 +80,25 @@ pub async fn run<F>(
         // Both outlive a client: what is to be told waits for the next one.
         let mut reader = reader(&state).await;
         let mut series = AllSeries::new(state.node.clone(), times, Instant::now());
-        // Until a request shows that it is not.
-        say(&state, None);
+        let mut is_refused = false;
         loop {
             let client = match configuration().await {
                 Ok(config) => Client::try_from(config).map_err(|error| causes(&error)),
                 Err(why) => Err(why),
             };
             let why = match client {
-                Ok(client) => report(&state, &client, &mut reader, &mut series).await,
-                Err(why) => why,
+                Ok(client) => {
+                    // Until a request shows that it does not work. One that was refused is not believed again.
+                    if !is_refused {
+                        say(&state, None);
+                    }
+                    is_refused = true;
+                    report(&state, &client, &mut reader, &mut series).await
+                }
+                Err(why) => {
+                    is_refused = false;
+                    why
+                }
             };
             say(&state, Some(why));
             tokio::time::sleep(times.client).await;
@@ -315,4 +324,44 @@ fn say(state: &State, why: Option<String>) {
             .then_some("silent drops are not written on their pods as Kubernetes Events"),
         why,
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{Detail, Record};
+    use crate::senders::Senders;
+
+    /// Nothing was told yet, so nothing failed.
+    #[tokio::test]
+    async fn with_a_configuration_that_comes_late_it_works() {
+        let hour = Duration::from_secs(3_600);
+        let record = Record::new(Detail::Pod, 100, hour);
+        let senders = Senders::new(Detail::Pod, 100, hour);
+        let state = Arc::new(State::new("node-a".into(), record, senders));
+        let times = Times {
+            client: Duration::from_millis(10),
+            ..Times::default()
+        };
+        let asked = AtomicU64::new(0);
+        let configuration = || {
+            std::future::ready(match asked.fetch_add(1, Ordering::Relaxed) {
+                0 => Err("there is none".to_owned()),
+                _ => Ok(Config::new("http://127.0.0.1:1".parse().unwrap())),
+            })
+        };
+        let is_up = || {
+            let status = state.status();
+            let mut sources = status["sources"].as_array().unwrap().iter();
+            sources.any(|source| source["source"] == SOURCE && source["up"] == true)
+        };
+        let up = async {
+            while asked.load(Ordering::Relaxed) < 2 || !is_up() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let run = run(state.clone(), times, configuration, up);
+        let up = tokio::time::timeout(Duration::from_secs(60), run).await;
+        assert!(up.is_ok(), "{}", state.status());
+    }
 }

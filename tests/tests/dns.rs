@@ -12,6 +12,7 @@ use whydrop_tests::dns_server::{A, NOERROR, Server};
 use whydrop_tests::kernel;
 use whydrop_tests::lab::{Family, Host, Place, TC_SHOT};
 use whydrop_tests::on_both_families;
+use whydrop_tests::patience::is_strict;
 use whydrop_tests::queries::{
     DNS, EACH, PATIENCE, Sockets, all_answered, id, rules, timeout, timeout_argument,
 };
@@ -250,6 +251,38 @@ fn several_servers(family: Family) -> Result<()> {
     let each = u64::from(EACH);
     let counted = Dns::of(3 * each, &[("NOERROR", 2 * each)]);
     tallies::dns(lab, agent, "client", &counted)?;
+    scene.finish()
+}
+
+/// Answers of two servers that arrive together, on two CPUs: each query has one.
+#[test]
+fn two_answers_at_once() -> Result<()> {
+    const AT_ONCE: u16 = 10;
+    // In a virtual machine there is one CPU.
+    let queries = if is_strict() { 50 } else { 8_000 };
+    let (scene, _server) = scene(Family::V4)?;
+    let (lab, agent) = (&scene.lab, scene.agent());
+    let second = lab.socket(Place::Of(Host::Server2), Family::V4, DNS);
+    let _second = Server::start(lab, Host::Server2, second)?;
+    let sockets = to_server(&scene)?;
+    let [_, client] = &sockets.sockets;
+    for first in (0..queries).step_by(usize::from(AT_ONCE)) {
+        // Ids that no rule knows.
+        for id in (10_000 + first..).take(usize::from(AT_ONCE)) {
+            client.ask(Some(sockets.to), id, "both.lab.test", A)?;
+            client.ask(Some(second), id, "both.lab.test", A)?;
+        }
+        let heard = sockets.hear(2 * usize::from(AT_ONCE))?;
+        ensure!(heard.len() == 2 * usize::from(AT_ONCE), "{heard:?}");
+    }
+    unanswered::expect(lab, agent, &[])?;
+    let queries = u64::from(queries);
+    tallies::dns(
+        lab,
+        agent,
+        "client",
+        &Dns::of(queries, &[("NOERROR", queries)]),
+    )?;
     scene.finish()
 }
 
