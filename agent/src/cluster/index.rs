@@ -508,3 +508,7 @@ fn distinct<K: Eq>(mut keys: Vec<K>) -> Vec<K> {
 #[cfg(test)]
 #[path = "index_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "index_property_tests.rs"]
+mod property_tests;
