@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -15,6 +15,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use whydrop::event::Line;
 
+use crate::free_port::free_port;
 use crate::lab::{Lab, enter};
 use crate::objects;
 use crate::patience::within;
@@ -168,10 +169,7 @@ impl Agent {
         arguments: &[&str],
     ) -> Result<Self> {
         let path = |name: &str| directory.path().join(name);
-        // Free a moment ago; whoever takes it in between makes the start fail, loudly.
-        let listen = TcpListener::bind(("127.0.0.1", 0))
-            .and_then(|listener| listener.local_addr())
-            .context("find a free port on 127.0.0.1: is the loopback device up?")?;
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
         let log = File::create(path("log")).context("create the agent's log")?;
         let binary = binary()?;
         let mut command = match wrapper.split_first() {

@@ -176,16 +176,26 @@ impl Connects {
     /// Closes them and keeps their ports, so that the kernel gives none of them to a later connect.
     ///
     /// # Errors
-    /// A port is taken at once by another.
+    /// A port is taken by another.
     pub fn close_and_hold(self) -> Result<Vec<TcpStream>> {
         self.0
             .into_iter()
             .map(|Attempt { socket, from, .. }| {
                 drop(socket);
                 let holder = unconnected(from, SockFlag::empty())?;
-                bind(holder.as_raw_fd(), &SockaddrStorage::from(from))
-                    .with_context(|| format!("bind {from}"))?;
-                Ok(holder)
+                // A process that another thread starts has a copy of the socket until its exec.
+                let deadline = Instant::now() + PATIENCE;
+                loop {
+                    match bind(holder.as_raw_fd(), &SockaddrStorage::from(from)) {
+                        Err(Errno::EADDRINUSE) if Instant::now() < deadline => {
+                            std::thread::sleep(Duration::from_millis(1));
+                        }
+                        bound => {
+                            bound.with_context(|| format!("bind {from}"))?;
+                            return Ok(holder);
+                        }
+                    }
+                }
             })
             .collect()
     }

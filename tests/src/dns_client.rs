@@ -206,6 +206,36 @@ mod tests {
     use crate::dns_server::{A, AAAA, Server};
     use crate::lab::{Family, Host, Lab, Place};
 
+    /// A process that another thread starts just now has copies of the server's sockets.
+    fn closed(family: Family) -> Result<()> {
+        let lab = Lab::new()?;
+        let at = lab.socket(Place::Of(Host::Server), family, 53);
+        let from = lab.socket(Place::Of(Host::Client), family, 0);
+        let server = Server::start(&lab, Host::Server, at)?;
+        let _copies = server.copies()?;
+        drop(server);
+        let client = lab.within(Host::Client, || Client::connected(from, at))?;
+        client.ask(None, 1, "a.test", A)?;
+        assert_eq!(
+            client.hear(1, Instant::now() + Duration::from_secs(30))?,
+            [Heard::Error(Errno::ECONNREFUSED)]
+        );
+        let error = lab.within(Host::Client, || TcpStream::connect(at));
+        let error = error.expect_err("nobody listens");
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        Ok(())
+    }
+
+    #[test]
+    fn closed_ipv4() -> Result<()> {
+        closed(Family::V4)
+    }
+
+    #[test]
+    fn closed_ipv6() -> Result<()> {
+        closed(Family::V6)
+    }
+
     fn conversation(family: Family) -> Result<()> {
         let lab = Lab::new()?;
         let at = lab.socket(Place::Of(Host::Server), family, 53);

@@ -13,13 +13,14 @@
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
 
 use crate::lab::{Host, Lab};
 
@@ -40,8 +41,11 @@ const LOOK: Duration = Duration::from_millis(50);
 /// The record of a `long` answer: so many strings of 249 bytes, each behind its length.
 const LONG_STRINGS: usize = 12;
 
-/// A server, over UDP and TCP. Dropping it ends it.
+/// A server, over UDP and TCP. Dropping it ends it, and its ports are closed then.
 pub struct Server {
+    udp: UdpSocket,
+    tcp: TcpListener,
+    at: SocketAddr,
     stop: Arc<AtomicBool>,
     heard: Arc<AtomicU64>,
     threads: Vec<JoinHandle<()>>,
@@ -68,18 +72,28 @@ impl Server {
         let threads = vec![
             std::thread::spawn({
                 let (stop, heard) = (Arc::clone(&stop), Arc::clone(&heard));
+                let udp = udp.try_clone()?;
                 move || serve_udp(&udp, &stop, &heard)
             }),
             std::thread::spawn({
                 let (stop, heard) = (Arc::clone(&stop), Arc::clone(&heard));
+                let tcp = tcp.try_clone()?;
                 move || serve_tcp(&tcp, &stop, &heard)
             }),
         ];
         Ok(Self {
+            udp,
+            tcp,
+            at,
             stop,
             heard,
             threads,
         })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn copies(&self) -> io::Result<(UdpSocket, TcpListener)> {
+        Ok((self.udp.try_clone()?, self.tcp.try_clone()?))
     }
 
     /// Queries that arrived so far, resent ones as well.
@@ -94,6 +108,11 @@ impl Drop for Server {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
+        // A process that another thread starts has copies of these sockets until its exec, so that
+        // closing them need not close the ports. These two do: connected to itself, UDP hears nobody
+        // else, and a listener that is shut down is none.
+        let _ = self.udp.connect(self.at);
+        let _ = shutdown(self.tcp.as_raw_fd(), Shutdown::Read);
     }
 }
 

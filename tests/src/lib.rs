@@ -23,6 +23,7 @@
 //! | [`memory`] | what a process may take and has taken, and a cgroup with a limit |
 //! | [`xdp`] | an XDP program that drops UDP, as an object file for `ip link` |
 //! | [`agent`] | the agent as a process: start, scrape, read events, stop |
+//! | [`free_port`](mod@free_port) | TCP ports for programs that a test starts |
 //! | [`scrape`] | what an agent serves over TCP |
 //! | [`scene`] | a lab with a dropper, an agent and a bystander: what nearly every test needs |
 //! | [`silence`] | thousands of connects and queries, a tenth unanswered |
@@ -45,6 +46,7 @@ pub mod counters;
 pub mod dns_client;
 pub mod dns_server;
 pub mod expect;
+pub mod free_port;
 pub mod kernel;
 pub mod lab;
 pub mod listeners;

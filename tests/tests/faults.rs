@@ -14,7 +14,7 @@ use whydrop::event::{Event, Line};
 use whydrop_tests::agent::{self, Agent, POLL};
 use whydrop_tests::expect::{self, Row};
 use whydrop_tests::kernel::Held;
-use whydrop_tests::lab::{Family, Host, Lab, Place, TC_SHOT, mac_bytes};
+use whydrop_tests::lab::{self, Family, Host, Lab, Place, TC_SHOT, mac_bytes};
 use whydrop_tests::{objects, packet, traffic};
 
 /// Until a process that has nothing to wait for must have ended, on a machine with other work.
@@ -165,8 +165,14 @@ fn places_of_others() -> Result<()> {
 fn binary_for_all(directory: &Path) -> Result<String> {
     fs::set_permissions(directory, fs::Permissions::from_mode(0o777))?;
     let copy = directory.join("whydrop");
-    fs::copy(agent::binary()?, &copy).context("copy the binary")?;
-    Ok(copy.display().to_string())
+    let copy = copy.display().to_string();
+    // By a process of its own: a file that this one writes is open as well in any process that
+    // another thread starts meanwhile, and such a file cannot be executed.
+    lab::command(
+        &["cp", &agent::binary()?.display().to_string(), &copy],
+        None,
+    )?;
+    Ok(copy)
 }
 
 /// Without root: what is missing, and what to do.

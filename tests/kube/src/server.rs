@@ -2,7 +2,7 @@
 //! that goes with them.
 
 use std::fs::{self, File};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use whydrop_tests::free_port::free_port;
 
 use crate::certificates::Authority;
 
@@ -433,9 +434,4 @@ pub(crate) fn start(mut command: Command, log: &Path) -> Result<Running> {
     Ok(Running(
         child.with_context(|| format!("start {command:?}"))?,
     ))
-}
-
-/// Free a moment ago; whoever takes it in between makes the start fail, loudly.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
 }

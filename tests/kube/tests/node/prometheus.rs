@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use whydrop_kube_tests::cluster::{Cluster, until};
 use whydrop_kube_tests::server::User;
+use whydrop_tests::free_port::free_port;
 use whydrop_tests::scrape;
 
 use crate::workloads::Pods;
@@ -81,8 +82,7 @@ impl Prometheus {
         fs::create_dir(&folder)?;
         let config = folder.join("prometheus.yaml");
         fs::write(&config, configuration(cluster)?)?;
-        // Free a moment ago.
-        let at = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?;
+        let at = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
         let log = folder.join("log");
         let output = File::create(&log)?;
         let child = Command::new("setpriv")
