@@ -87,6 +87,14 @@ pub fn shipped_labs(architecture: Architecture, names: &[&str]) -> Result<Vec<Pa
     names.iter().map(find).collect()
 }
 
+/// The benchmarks, built as [`shipped`].
+pub fn shipped_bench(architecture: Architecture) -> Result<PathBuf> {
+    let mut build = whydrop();
+    let folder = target().join(statically(&mut build, architecture)?);
+    execute(build.args(["--bin=bench", "--release"]))?;
+    Ok(folder.join("release/bench"))
+}
+
 /// The executable of a test target in cargo's messages.
 fn executable(messages: &str, name: &str) -> Option<PathBuf> {
     messages

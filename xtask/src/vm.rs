@@ -51,6 +51,9 @@ pub struct Args {
     /// Have the labs in the machine as well, each as `lab-NAME`
     #[arg(long)]
     labs: bool,
+    /// Have the benchmarks in the machine as well, as `bench`; its nanoseconds are instructions
+    #[arg(long)]
+    bench: bool,
     /// The command and its arguments; a shell on this terminal if there is none
     #[arg(last = true)]
     command: Vec<String>,
@@ -79,6 +82,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let binary = build::shipped(architecture)?;
         vec![(binary, format!("{PROGRAMS}/whydrop"))]
     };
+    if args.bench {
+        let bench = build::shipped_bench(architecture)?;
+        programs.push((bench, format!("{PROGRAMS}/bench")));
+    }
     for file in &args.file {
         let name = file.file_name().context("--file names no file")?;
         programs.push((file.clone(), format!("/root/{}", name.to_string_lossy())));
