@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result};
 
 /// Below what the kernel gives to who names no port (`net.ipv4.ip_local_port_range`, from 32,768)
 /// and the NodePorts (from 30,000).
@@ -24,13 +24,13 @@ static TAKEN: AtomicU32 = AtomicU32::new(0);
 /// # Errors
 /// Somebody listens at all that were tried.
 pub fn free_port() -> Result<u16> {
-    for _ in 0..TRIES {
-        let port = of(std::process::id(), TAKEN.fetch_add(1, Ordering::Relaxed));
-        if TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-            return Ok(port);
-        }
-    }
-    bail!("somebody listens at {TRIES} ports of {PORTS:?}")
+    let next = || of(std::process::id(), TAKEN.fetch_add(1, Ordering::Relaxed));
+    first_free((0..TRIES).map(|_| next()))
+        .with_context(|| format!("somebody listens at {TRIES} ports of {PORTS:?}"))
+}
+
+fn first_free(mut ports: impl Iterator<Item = u16>) -> Option<u16> {
+    ports.find(|port| TcpStream::connect((Ipv4Addr::LOCALHOST, *port)).is_err())
 }
 
 /// Processes that run at once begin at different places.
@@ -42,6 +42,8 @@ fn of(process: u32, taken: u32) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     #[test]
@@ -55,17 +57,11 @@ mod tests {
 
     #[test]
     fn one_at_which_somebody_listens_is_left_out() {
-        let next = TAKEN.load(Ordering::Relaxed);
-        let listeners: Vec<std::net::TcpListener> = (next..next + 50)
-            .filter_map(|taken| {
-                std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, of(std::process::id(), taken)))
-                    .ok()
-            })
-            .collect();
-        let port = free_port().unwrap();
-        for listener in &listeners {
-            assert_ne!(listener.local_addr().unwrap().port(), port);
-        }
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let taken = listener.local_addr().unwrap().port();
+        let free = free_port().unwrap();
+        assert_eq!(first_free([taken, free].into_iter()), Some(free));
+        assert_eq!(first_free([taken].into_iter()), None);
     }
 
     #[test]
